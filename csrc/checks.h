@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every argument rule is made of. An error has one form, `op: argument must be <rule>; got <what came>`, and is
+// a RuntimeError in Python, as from torch. python/fixed_size_kv_cache/_checks.py holds the same rules for fake kernels.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/types.h"
+
+namespace fsdc {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+inline void check(bool satisfied, const Parts&... parts) {
+  if (satisfied) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+// [2, 8, 100, 64]
+inline std::string to_text(IntHeaderOnlyArrayRef numbers) {
+  std::string text = "[";
+  for (size_t i = 0; i < numbers.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(numbers[i]);
+  return text + "]";
+}
+
+// As Python prints it, without `torch.`
+inline std::string to_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return torch::headeronly::toString(type);
+  }
+}
+
+inline std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  const std::string index = std::to_string(tensor.get_device_index());
+  return tensor.is_cuda() ? "cuda:" + index : "device " + index;
+}
+
+inline bool is_supported(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+         type == ScalarType::Double;
+}
+
+inline DType to_dtype(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      return DType::kFloat32;
+  }
+}
+
+inline void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank, const char* shape) {
+  check(tensor.dim() == rank, op, ": ", name, " must be ", shape, "; got sizes ", to_text(tensor.sizes()));
+}
+
+inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
+  check(is_supported(tensor.scalar_type()), op, ": ", name,
+        " must be float32, float16, bfloat16 or float64; got ", to_text(tensor.scalar_type()));
+}
+
+inline void check_float32(const char* op, const char* name, const Tensor& tensor) {
+  check(tensor.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32; got ",
+        to_text(tensor.scalar_type()));
+}
+
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* other_name,
+                              const Tensor& other) {
+  check(device_text(tensor) == device_text(other), op, ": ", name, " must be on the device of ", other_name, ", ",
+        device_text(other), "; got ", device_text(tensor));
+}
+
+inline void check_contiguous_rows(const char* op, const char* name, const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  check(tensor.size(last) <= 1 || tensor.stride(last) == 1, op, ": ", name,
+        " must have a contiguous last dimension; got strides ", to_text(tensor.strides()), "; call .contiguous()");
+}
+
+inline void check_tokens(const char* op, const char* name, int64_t tokens) {
+  check(tokens < int64_t{1} << 31, op, ": ", name, " must have fewer than 2147483648 tokens; got ", tokens);
+}
+
+// Attention weights [B, Hq, Q, S] of the heads of `heads` groups.
+inline void check_weights(const char* op, const char* name, const Tensor& weights, int64_t batch, int64_t heads,
+                          int64_t tokens) {
+  check(weights.size(0) == batch && weights.size(3) == tokens, op, ": ", name, " must be [B, Hq, Q, S] with B = ",
+        batch, " and S = ", tokens, "; got sizes ", to_text(weights.sizes()));
+  const int64_t query_heads = weights.size(1);
+  check(heads == 0 ? query_heads == 0 : query_heads % heads == 0, op, ": ", name, " must have a multiple of the ",
+        heads, " KV heads; got ", query_heads, " heads");
+}
+
+}  // namespace fsdc

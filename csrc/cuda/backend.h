@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// A CUDA device: kernels/cuda on LibTorch's current stream, with the tensor's device made current.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "csrc/checks.h"
+#include "kernels/cuda/launch.h"
+
+namespace fsdc {
+
+class CudaBackend {
+ public:
+  explicit CudaBackend(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  void truncate(const TruncateParams& params) const { check("truncate", cuda::launch_truncate(params, stream_)); }
+  void accumulate_scores(const AccumulateScoresParams& params) const {
+    check("accumulate_scores_", cuda::launch_accumulate_scores(params, stream_));
+  }
+
+ private:
+  static void check(const char* op, cudaError_t error) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+}  // namespace fsdc

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every operator of the library `fsdc`. csrc/NAME.h says what arguments are allowed, csrc/cpu and csrc/cuda register
+// the implementations, python/fixed_size_kv_cache/_fakes.py the shapes for the compiler.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fsdc, m) {
+  // The cache_size best-scored tokens of each KV head in ascending order, and their indices.
+  m.def(
+      "truncate(Tensor keys, Tensor values, Tensor scores, SymInt cache_size, *, bool include_skipped=False)"
+      " -> (Tensor keys, Tensor values, Tensor indices)");
+
+  // scores = carry * scores + sum over q and g of query_weights * weights
+  m.def(
+      "accumulate_scores_(Tensor(a!) scores, Tensor weights, Tensor? query_weights=None, Tensor? carry=None)"
+      " -> ()");
+}

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// truncate for every device: argument rules, outputs, then the parameters of the kernel.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <tuple>
+#include <vector>
+
+#include "csrc/accumulate_scores.h"
+#include "csrc/checks.h"
+#include "kernels/truncate.h"
+
+namespace fsdc {
+
+inline void check_truncate(const Tensor& keys, const Tensor& values, const Tensor& scores, int64_t cache_size,
+                           bool include_skipped) {
+  const char* op = "truncate";
+  check_rank(op, "keys", keys, 4, "[B, H, S, D]");
+  check_floating(op, "keys", keys);
+  check_rank(op, "values", values, 4, "[B, H, S, D]");
+  check(values.scalar_type() == keys.scalar_type(), op, ": values must have the type of keys, ",
+        to_text(keys.scalar_type()), "; got ", to_text(values.scalar_type()));
+  check_same_device(op, "values", values, "keys", keys);
+  const int64_t batch = keys.size(0), heads = keys.size(1), tokens = keys.size(2);
+  check(values.size(0) == batch && values.size(1) == heads && values.size(2) == tokens, op,
+        ": values must have the batch, heads and tokens of keys, ", to_text(keys.sizes().slice(0, 3)),
+        "; got sizes ", to_text(values.sizes()));
+  check_contiguous_rows(op, "keys", keys);
+  check_contiguous_rows(op, "values", values);
+  check_tokens(op, "keys", tokens);
+
+  check(scores.dim() == 3 || scores.dim() == 4, op,
+        ": scores must be [B, H, S], or attention weights [B, Hq, Q, S]; got sizes ", to_text(scores.sizes()));
+  check_floating(op, "scores", scores);
+  check_same_device(op, "scores", scores, "keys", keys);
+  if (scores.dim() == 4) {
+    check_weights(op, "scores", scores, batch, heads, tokens);
+  } else {
+    check(scores.size(0) == batch && scores.size(1) == heads && scores.size(2) == tokens, op,
+          ": scores must be [B, H, S] = ", to_text(keys.sizes().slice(0, 3)), "; got sizes ",
+          to_text(scores.sizes()));
+  }
+
+  check(cache_size >= 1, op, ": cache_size must be at least 1; got ", cache_size);
+  check(cache_size >= 2 || !include_skipped, op, ": cache_size must be at least 2 with include_skipped; got ",
+        cache_size);
+}
+
+// Scores as the kernel wants them: [B, H, S] fp32 with a contiguous last dimension. Attention weights are summed.
+template <class Backend>
+Tensor row_scores(const Tensor& keys, const Tensor& scores, const Backend& backend) {
+  const bool is_weights = scores.dim() == 4;
+  const bool has_contiguous_rows = scores.size(2) <= 1 || scores.stride(2) == 1;
+  if (!is_weights && scores.scalar_type() == ScalarType::Float && has_contiguous_rows) return scores;
+
+  const std::vector<int64_t> sizes{keys.size(0), keys.size(1), keys.size(2)};
+  const Tensor sums = torch::stable::new_empty(scores, sizes, ScalarType::Float);
+  // Scores of another type or layout are weights of one query, [B, H, 1, S].
+  AccumulateScoresParams params =
+      accumulate_scores_params(sums, is_weights ? scores : torch::stable::unsqueeze(scores, 2));
+  params.overwrite = true;
+  backend.accumulate_scores(params);
+  return sums;
+}
+
+inline TokenRows token_rows(const Tensor& source, const Tensor& out) {
+  return {.source = source.const_data_ptr(),
+          .batch_stride = source.stride(0),
+          .head_stride = source.stride(1),
+          .token_stride = source.stride(2),
+          .head_dim = source.size(3),
+          .out = out.mutable_data_ptr()};
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor> truncate(Tensor keys, Tensor values, Tensor scores, int64_t cache_size,
+                                            bool include_skipped) {
+  check_truncate(keys, values, scores, cache_size, include_skipped);
+  const Backend backend(keys);
+  const int64_t batch = keys.size(0), heads = keys.size(1), tokens = keys.size(2);
+  const int64_t entries = std::min(tokens, cache_size);
+  const bool has_skipped = include_skipped && tokens > cache_size;
+
+  const Tensor out_keys = torch::stable::new_empty(keys, std::vector{batch, heads, entries, keys.size(3)});
+  const Tensor out_values = torch::stable::new_empty(values, std::vector{batch, heads, entries, values.size(3)});
+  const Tensor indices = torch::stable::new_empty(keys, std::vector{batch, heads, entries}, ScalarType::Long);
+  const Tensor kernel_scores = row_scores(keys, scores, backend);
+  backend.truncate({.batch = batch,
+                    .heads = heads,
+                    .tokens = tokens,
+                    .kept = entries - (has_skipped ? 1 : 0),
+                    .has_skipped = has_skipped,
+                    .dtype = to_dtype(keys.scalar_type()),
+                    .scores = kernel_scores.const_data_ptr<float>(),
+                    .score_batch_stride = kernel_scores.stride(0),
+                    .score_head_stride = kernel_scores.stride(1),
+                    .keys = token_rows(keys, out_keys),
+                    .values = token_rows(values, out_values),
+                    .indices = indices.mutable_data_ptr<int64_t>()});
+  return {out_keys, out_values, indices};
+}
+
+}  // namespace fsdc

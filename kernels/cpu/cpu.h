@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+// All that kernels/cpu offers: one function per operation. Each returns when the work is done.
+#pragma once
+
+#include "kernels/accumulate_scores.h"
+#include "kernels/cpu/isa.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/truncate.h"
+
+namespace fsdc::cpu {
+
+void truncate(const TruncateParams& params, const Parallel& parallel, const KernelTable& kernels = active_kernels());
+
+void accumulate_scores(const AccumulateScoresParams& params, const Parallel& parallel,
+                       const KernelTable& kernels = active_kernels());
+
+}  // namespace fsdc::cpu

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner loops, once per instruction set. One source per loop is compiled in isa_portable.cpp, isa_avx2.cpp and
+// isa_avx512.cpp; which of them runs is decided once per process by what the processor can do.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/accumulate_scores.h"
+#include "kernels/truncate.h"
+
+namespace fsdc::cpu {
+
+struct KernelTable {
+  const char* isa;
+
+  // The `kept` best of `tokens` scores, ascending. See select_row.inc.
+  void (*select_row)(const float* scores, int64_t tokens, int64_t kept, int64_t* indices);
+
+  // Copies the rows that `indices[begin, end)` names. See copy_rows.inc.
+  void (*copy_rows)(const char* source, int64_t stride_bytes, int64_t row_bytes, const int64_t* indices,
+                    int64_t begin, int64_t end, char* out);
+
+  // Sums columns [begin, end) of the tokens of one row that are not in `kept_indices`. See sum_skipped.inc.
+  void (*sum_skipped)(const TruncateParams& params, const TokenRows& rows, int64_t row,
+                      const int64_t* kept_indices, int64_t begin, int64_t end);
+
+  // Adds the weights of columns [begin, end) of one row to its scores. See accumulate_columns.inc.
+  void (*accumulate_columns)(const AccumulateScoresParams& params, int64_t row, int64_t begin, int64_t end);
+};
+
+// What this processor can run, best first.
+const std::vector<const KernelTable*>& available_kernels();
+
+const KernelTable& active_kernels();
+
+inline const char* active_isa() { return active_kernels().isa; }
+
+}  // namespace fsdc::cpu

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled part, _C. Where that must fail, one sentence says why."""
+
+import importlib.util
+import re
+
+import torch  # first: _C needs the libraries that torch loads
+
+PACKAGE = "fixed_size_kv_cache"
+OLDEST_TORCH = (2, 11)
+REMEDY = "Run `pip install -e .` in its source folder"
+
+
+def read_build_info():
+    """What this package was built for, None where it was not built for this Python."""
+    if importlib.util.find_spec(f"{PACKAGE}._C") is None:
+        return None
+    try:
+        from ._build_info import BUILD
+    except ImportError:
+        return None
+    return BUILD
+
+
+def problem(build, torch_version, torch_cuda):
+    """Why a build does not work with this torch, in one sentence; None if it does.
+
+    Args:
+        build: the dict of `read_build_info`, or None.
+        torch_version: `torch.__version__`.
+        torch_cuda: `torch.version.cuda`, None for a torch without CUDA.
+    """
+    release = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch_version).groups()))
+    if release < OLDEST_TORCH:
+        return f"{PACKAGE} needs torch 2.11 or newer; got torch {torch_version}. Run `pip install -U torch`."
+    if build is None:
+        return f"{PACKAGE} is not built for this Python. {REMEDY}."
+    if build["cuda"] is None or (torch_cuda or "").split(".")[0] == build["cuda"].split(".")[0]:
+        return None
+    found = f"CUDA {torch_cuda}" if torch_cuda else "no CUDA"
+    return f"{PACKAGE} was built for CUDA {build['cuda']}; torch {torch_version} has {found}. {REMEDY} again."
+
+
+if _problem := problem(read_build_info(), torch.__version__, torch.version.cuda):
+    raise ImportError(_problem)
+
+from . import _C  # noqa: E402, F401

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds fixed_size_kv_cache._C, the compiled part. All else about the package stands in pyproject.toml.
+
+These environment variables are read:
+
+    FORCE_CUDA=0|1         without CUDA; with CUDA or fail (default: with it where torch and an nvcc have it)
+    TORCH_CUDA_ARCH_LIST   GPU architectures, as for torch (default: this machine's, else ARCHITECTURES)
+    FSDC_WERROR=1          warnings are errors, and so are register spills
+    MAX_JOBS               compilers at a time, as for torch
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / "pip"
+PACKAGE = "fixed_size_kv_cache"
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "python" / PACKAGE / "_version.py").read_text())[1]
+
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest that the build may run with
+CXX = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
+NVCC = ["-std=c++20", "-O3", "-lineinfo"]
+if os.environ.get("FSDC_WERROR") == "1":
+    CXX += ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    NVCC += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-warn-spills,-Werror"]
+
+
+def nvcc_release(home):
+    """'13.0' for the nvcc in `home`/bin, None where there is none or it does not run."""
+    try:
+        command = [os.path.join(home or "", "bin", "nvcc"), "--version"]
+        said = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+        return re.search(r"release (\d+\.\d+)", said)[1]
+    except (OSError, subprocess.CalledProcessError, TypeError):
+        return None
+
+
+def cuda_release(torch, home):
+    """(release of the nvcc to build with, None), or (None, why the build is without CUDA)."""
+    forced = os.environ.get("FORCE_CUDA", "")
+    nvcc = nvcc_release(home)
+    if forced == "0":
+        why = "FORCE_CUDA=0"
+    elif torch.version.cuda is None:
+        why = f"torch {torch.__version__} is a build without CUDA"
+    elif nvcc is None:
+        why = f"no nvcc was found (in {home}/bin)" if home else "no nvcc was found (on PATH or by CUDA_HOME)"
+    elif nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
+        why = f"nvcc {nvcc} is of another major than CUDA {torch.version.cuda} of torch {torch.__version__}"
+    else:
+        return nvcc, None
+    if forced == "1":
+        raise SystemExit(f"{PACKAGE}: FORCE_CUDA=1, but {why}.")
+    return None, why
+
+
+def architectures(torch):
+    """'8.0;9.0+PTX': what to compile for; BuildExtension reads it from the environment."""
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        here = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+        native = ";".join(f"{major}.{minor}" for major, minor in sorted(here))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = f"{native}+PTX" if native else ARCHITECTURES
+    return os.environ["TORCH_CUDA_ARCH_LIST"]
+
+
+def extension():
+    """What setup() needs to build _C."""
+    import torch
+    from torch.utils import cpp_extension
+
+    cuda, why_not = cuda_release(torch, cpp_extension.CUDA_HOME)
+    info = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "cuda": cuda,
+        "cuda_architectures": architectures(torch) if cuda else None,
+        "without_cuda_because": why_not,
+    }
+    with_cuda = f"with CUDA {cuda}" if cuda else f"without CUDA, because {why_not}"
+    print(f"{PACKAGE} {VERSION} for torch {torch.__version__}, {with_cuda}")
+
+    class Build(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(BUILD)  # pip would take a new folder each time, and compile all of it again
+
+        def run(self):
+            write(BUILD / "build_info.h", header(info))
+            super().run()
+            folder = ROOT / "python" if self.inplace else Path(self.build_lib)
+            write(folder / PACKAGE / "_build_info.py", f"BUILD = {info!r}\n")  # beside the _C it describes
+
+    kind = "cuda" if cuda else "cpu"
+    cxx = [*CXX, STABLE_ABI]
+    for folder in cpp_extension.include_paths(kind):
+        cxx += ["-isystem", folder]  # no warnings from torch's headers
+    patterns = ["csrc/*.cpp", "csrc/cpu/*.cpp", "kernels/cpu/*.cpp"]
+    libraries = ["c10", "torch_cpu"]
+    if cuda:
+        cxx += ["-DUSE_CUDA"]  # shows torch's current stream to csrc/cuda
+        patterns += ["csrc/cuda/*.cpp", "kernels/cuda/*.cu"]
+        libraries += ["torch_cuda", "cudart"]
+    module = Extension(
+        f"{PACKAGE}._C",
+        sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)),
+        include_dirs=[str(ROOT), str(BUILD)],
+        extra_compile_args={"cxx": cxx, "nvcc": NVCC},
+        library_dirs=cpp_extension.library_paths(kind),
+        libraries=libraries,
+        language="c++",
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
+
+
+def header(info):
+    """The same facts for csrc/module.cpp; empty where there is none."""
+    return "".join(f'#define FSDC_{name.upper()} "{value or ""}"\n' for name, value in info.items())
+
+
+def write(path, text):
+    """Only when it changed, so that nothing is compiled again without need."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+# Metadata and the source archive need neither torch nor a compiler.
+setup(version=VERSION, **({} if {"egg_info", "dist_info", "sdist"} & set(sys.argv) else extension()))
