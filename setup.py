@@ -45,13 +45,15 @@ def cuda_release(torch, home):
     """(release of the nvcc to build with, None), or (None, why the build is without CUDA)."""
     forced = os.environ.get("FORCE_CUDA", "")
     nvcc = nvcc_release(home)
+    wanted = (torch.version.cuda or "").split(".")[0]
     if forced == "0":
         why = "FORCE_CUDA=0"
     elif torch.version.cuda is None:
         why = f"torch {torch.__version__} is a build without CUDA"
     elif nvcc is None:
-        why = f"no nvcc was found (in {home}/bin)" if home else "no nvcc was found (on PATH or by CUDA_HOME)"
-    elif nvcc.split(".")[0] != torch.version.cuda.split(".")[0]:
+        where = f"in {home}/bin" if home else "on PATH"
+        why = f"there is no working nvcc {where} (install the CUDA {wanted} toolkit, or set CUDA_HOME to it)"
+    elif nvcc.split(".")[0] != wanted:
         why = f"nvcc {nvcc} is of another major than CUDA {torch.version.cuda} of torch {torch.__version__}"
     else:
         return nvcc, None

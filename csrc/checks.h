@@ -121,7 +121,7 @@ inline void check_weights(const char* op, const char* name, const Tensor& weight
   check(weights.size(0) == batch && weights.size(3) == tokens, op, ": ", name, " must be [B, Hq, Q, S] with B = ",
         batch, " and S = ", tokens, "; got sizes ", to_text(weights.sizes()));
   const int64_t query_heads = weights.size(1);
-  check(heads == 0 ? query_heads == 0 : query_heads % heads == 0, op, ": ", name, " must have a multiple of the ",
+  check(heads == 0 ? query_heads == 0 : query_heads > 0 && query_heads % heads == 0, op, ": ", name, " must have a multiple of the ",
         heads, " KV heads; got ", query_heads, " heads");
 }
 

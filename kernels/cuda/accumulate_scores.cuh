@@ -5,33 +5,36 @@
 #include <limits>
 
 #include "../accumulate_scores.h"
+#include "block.cuh"
 #include "element.cuh"
 
 namespace fsdc::cuda {
 
-constexpr int kTokensPerThread = 4;  // independent sums, so that this many loads are in flight
+constexpr int kTokensPerThread = 4;  // times this many heads: the loads of one thread in flight
+constexpr int kHeadsAhead = 4;
 
 __device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
 template <class Element, int kThreads>
-__global__ void __launch_bounds__(kThreads) accumulate_scores_kernel(const AccumulateScoresParams params, int64_t tiles) {
-  const int64_t row = blockIdx.x / tiles;
+__global__ void __launch_bounds__(kThreads)
+    accumulate_scores_kernel(const AccumulateScoresParams params, uint32_t tiles) {
+  const uint32_t row = blockIdx.x / tiles;
   const int64_t tile = blockIdx.x % tiles;
-  const int64_t batch = row / params.heads;
-  const int64_t head = row % params.heads;
+  const int64_t batch = row / static_cast<uint32_t>(params.heads);
+  const int64_t head = row % static_cast<uint32_t>(params.heads);
   const int64_t first = tile * (kThreads * kTokensPerThread) + threadIdx.x;
   if (first >= params.tokens) return;
+  const int left = clamp_to_int(params.tokens - first);
 
-  int64_t tokens[kTokensPerThread];
   int64_t offsets[kTokensPerThread];
   float delta[kTokensPerThread] = {};
   FSDC_UNROLL
   for (int i = 0; i < kTokensPerThread; ++i) {
-    tokens[i] = first + i * kThreads;
     // Beyond the end the last token is read once more and not written: no branch around the loads.
-    offsets[i] = min(tokens[i], params.tokens - 1) * params.weight_token_stride;
+    offsets[i] = (first + min(i * kThreads, left - 1)) * params.weight_token_stride;
   }
 
+  // [G, Q, S] of this KV head
   const Element* const weights = static_cast<const Element*>(params.weights) + batch * params.weight_batch_stride +
                                  head * params.group * params.weight_head_stride;
   for (int64_t query = 0; query < params.queries; ++query) {
@@ -42,13 +45,23 @@ __global__ void __launch_bounds__(kThreads) accumulate_scores_kernel(const Accum
     }
     if (query_weight == 0) continue;
     const Element* of_head = weights + query * params.weight_query_stride;
-    float sum[kTokensPerThread];
-    FSDC_UNROLL
-    for (int i = 0; i < kTokensPerThread; ++i) sum[i] = to_float(__ldg(of_head + offsets[i]));
-    for (int64_t g = 1; g < params.group; ++g) {
-      of_head += params.weight_head_stride;
+    float sum[kTokensPerThread] = {};  // from +0 instead of the first head: delta is the same, it is never -0
+    for (int64_t g = 0; g < params.group; g += kHeadsAhead) {
+      const int heads_left = clamp_to_int(params.group - g);
+      Element loaded[kHeadsAhead][kTokensPerThread];
       FSDC_UNROLL
-      for (int i = 0; i < kTokensPerThread; ++i) sum[i] = add(sum[i], to_float(__ldg(of_head + offsets[i])));
+      for (int j = 0; j < kHeadsAhead; ++j) {
+        if (j >= heads_left) break;
+        FSDC_UNROLL
+        for (int i = 0; i < kTokensPerThread; ++i) loaded[j][i] = __ldg(of_head + offsets[i]);
+        of_head += params.weight_head_stride;
+      }
+      FSDC_UNROLL
+      for (int j = 0; j < kHeadsAhead; ++j) {
+        if (j >= heads_left) break;
+        FSDC_UNROLL
+        for (int i = 0; i < kTokensPerThread; ++i) sum[i] = add(sum[i], to_float(loaded[j][i]));
+      }
     }
     FSDC_UNROLL
     for (int i = 0; i < kTokensPerThread; ++i) delta[i] = add(delta[i], multiply(query_weight, sum[i]));
@@ -58,8 +71,8 @@ __global__ void __launch_bounds__(kThreads) accumulate_scores_kernel(const Accum
   float* const scores = params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
   FSDC_UNROLL
   for (int i = 0; i < kTokensPerThread; ++i) {
-    if (tokens[i] >= params.tokens) break;
-    float* const score = scores + tokens[i] * params.score_token_stride;
+    if (i * kThreads >= left) break;
+    float* const score = scores + (first + i * kThreads) * params.score_token_stride;
     if (params.overwrite) {
       *score = delta[i];
     } else if (is_finite(*score)) {
@@ -77,8 +90,8 @@ cudaError_t launch_accumulate_scores_kernel(const AccumulateScoresParams& params
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;  // of a grid
   return with_element(params.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
-    return launch(accumulate_scores_kernel<Element, kThreads>, dim3(static_cast<unsigned>(blocks)), kThreads, 0, stream,
-                  params, tiles);
+    return launch(accumulate_scores_kernel<Element, kThreads>, dim3(static_cast<unsigned>(blocks)), kThreads, 0,
+                  stream, params, static_cast<uint32_t>(tiles));
   });
 }
 

@@ -135,7 +135,7 @@ __device__ Boundary write_indices(const float* scores, int64_t tokens, Threshold
       const bool is_greater = (greater[i] >> lane_index() & 1) != 0;
       const bool is_equal = (equal[i] >> lane_index() & 1) != 0;
       const uint32_t equal_rank = equal_before + static_cast<uint32_t>(__popc(equal[i] & lanes_before));
-      const uint32_t equal_kept = equal_rank > threshold.skip ? equal_rank - threshold.skip : 0;
+      const uint32_t equal_kept = equal_rank - min(equal_rank, threshold.skip);
       const int64_t rank = int64_t{greater_before} + __popc(greater[i] & lanes_before) + equal_kept;
       const bool kept = is_greater || (is_equal && equal_rank >= threshold.skip);
       if (kept && rank >= first_rank && rank < end_rank) indices[rank] = token;

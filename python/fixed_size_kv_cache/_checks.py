@@ -133,7 +133,6 @@ def _check_weights(op: str, name: str, weights: Tensor, B: int, H: int, S: int) 
     )
     query_heads = weights.shape[1]
     torch._check(
-        # Written without `%` where H may be 0.
-        query_heads == 0 if isinstance(H, int) and H == 0 else query_heads % H == 0,
+        query_heads == 0 if isinstance(H, int) and H == 0 else sym_and(query_heads > 0, query_heads % H == 0),
         lambda: f"{op}: {name} must have a multiple of the {H} KV heads; got {query_heads} heads",
     )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every argument rule: the text of the error, the same from the operator and from its fake kernel, and nothing is lost."""
+
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+K = dict(keys=(2, 4, 10, 8), values=(2, 4, 10, 8), scores=(2, 4, 10), cache_size=3)  # good, changed below
+A = dict(scores=(2, 4, 10), weights=(2, 8, 3, 10))
+
+ROUNDED = "must be float32, float16, bfloat16 or float64; got int64"
+TRUNCATE_ERRORS = {
+    "keys rank": (dict(keys=(4, 10, 8)), "keys must be [B, H, S, D]; got sizes [4, 10, 8]"),
+    "keys type": (dict(keys=torch.ones(2, 4, 10, 8, dtype=torch.int64)), f"keys {ROUNDED}"),
+    "values rank": (dict(values=(2, 4, 10)), "values must be [B, H, S, D]; got sizes [2, 4, 10]"),
+    "values type": (
+        dict(values=torch.ones(2, 4, 10, 8, dtype=torch.float16)),
+        "values must have the type of keys, float32; got float16",
+    ),
+    "values sizes": (
+        dict(values=(2, 4, 9, 8)),
+        "values must have the batch, heads and tokens of keys, [2, 4, 10]; got sizes [2, 4, 9, 8]",
+    ),
+    "keys layout": (
+        dict(keys=torch.ones(2, 4, 8, 10).mT),
+        "keys must have a contiguous last dimension; got strides [320, 80, 1, 10]; call .contiguous()",
+    ),
+    "values layout": (
+        dict(values=torch.ones(2, 4, 10, 16)[..., ::2]),
+        "values must have a contiguous last dimension; got strides [640, 160, 16, 2]; call .contiguous()",
+    ),
+    "scores rank": (
+        dict(scores=(2, 10)),
+        "scores must be [B, H, S], or attention weights [B, Hq, Q, S]; got sizes [2, 10]",
+    ),
+    "scores type": (dict(scores=torch.ones(2, 4, 10, dtype=torch.int64)), f"scores {ROUNDED}"),
+    "scores sizes": (dict(scores=(2, 8, 10)), "scores must be [B, H, S] = [2, 4, 10]; got sizes [2, 8, 10]"),
+    "weights sizes": (
+        dict(scores=(2, 8, 3, 11)),
+        "scores must be [B, Hq, Q, S] with B = 2 and S = 10; got sizes [2, 8, 3, 11]",
+    ),
+    "weights heads": (dict(scores=(2, 6, 3, 10)), "scores must have a multiple of the 4 KV heads; got 6 heads"),
+    "no weights heads": (dict(scores=(2, 0, 3, 10)), "scores must have a multiple of the 4 KV heads; got 0 heads"),
+    "cache_size": (dict(cache_size=0), "cache_size must be at least 1; got 0"),
+    "negative cache_size": (dict(cache_size=-5), "cache_size must be at least 1; got -5"),
+    "cache_size with skipped": (
+        dict(cache_size=1, include_skipped=True),
+        "cache_size must be at least 2 with include_skipped; got 1",
+    ),
+    "tokens": (
+        dict(
+            keys=torch.ones(1).expand(1, 1, 2**31, 1),
+            values=torch.ones(1).expand(1, 1, 2**31, 1),
+            scores=torch.ones(1).expand(1, 1, 2**31),
+        ),
+        "keys must have fewer than 2147483648 tokens; got 2147483648",
+    ),
+}
+ACCUMULATE_ERRORS = {
+    "scores rank": (dict(scores=(2, 10)), "scores must be [B, H, S]; got sizes [2, 10]"),
+    "scores type": (dict(scores=torch.ones(2, 4, 10).half()), "scores must be float32; got float16"),
+    "weights rank": (dict(weights=(2, 4, 10)), "weights must be [B, Hq, Q, S]; got sizes [2, 4, 10]"),
+    "weights type": (dict(weights=torch.ones(2, 8, 3, 10, dtype=torch.int64)), f"weights {ROUNDED}"),
+    "weights sizes": (
+        dict(weights=(1, 8, 3, 10)),
+        "weights must be [B, Hq, Q, S] with B = 2 and S = 10; got sizes [1, 8, 3, 10]",
+    ),
+    "weights heads": (dict(weights=(2, 5, 3, 10)), "weights must have a multiple of the 4 KV heads; got 5 heads"),
+    "overlapping scores": (
+        dict(scores=torch.ones(2, 1, 10).expand(2, 4, 10)),
+        "scores must not overlap itself in memory, it is written to; got strides [10, 0, 1]; call .clone()",
+    ),
+    "query_weights type": (
+        dict(query_weights=torch.ones(2, 3).double()),
+        "query_weights must be float32; got float64",
+    ),
+    "query_weights sizes": (
+        dict(query_weights=(2, 4)),
+        "query_weights must be [B, Q] = [2, 3]; got sizes [2, 4]",
+    ),
+    "carry type": (dict(carry=torch.ones(2).half()), "carry must be float32; got float16"),
+    "carry sizes": (dict(carry=(2, 1)), "carry must be [B] = [2]; got sizes [2, 1]"),
+}
+CASES = [
+    pytest.param(op, {**good, **changed}, f"{op}: {text}", id=f"{op} {name}")
+    for op, good, errors in (("truncate", K, TRUNCATE_ERRORS), ("accumulate_scores_", A, ACCUMULATE_ERRORS))
+    for name, (changed, text) in errors.items()
+]
+
+
+def on(device, arguments):
+    made = {name: torch.ones(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in made.items()}
+
+
+@pytest.mark.parametrize("op, arguments, text", CASES)
+def test_operator(op, arguments, text, device):
+    arguments = on(device, arguments)
+    before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel() < 1e6}
+    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+        getattr(torch.ops.fsdc, op)(**arguments)
+    for name, x in before.items():
+        assert torch.equal(arguments[name], x)
+
+
+@pytest.mark.parametrize("op, arguments, text", CASES)
+def test_fake_kernel_says_the_same(op, arguments, text):
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        arguments = {
+            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for name, x in on("cpu", arguments).items()
+        }
+        with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+            getattr(torch.ops.fsdc, op)(**arguments)
+
+
+def test_devices_are_not_mixed():
+    arguments = on("cpu", K)
+    arguments["scores"] = arguments["scores"].to("meta")
+    with pytest.raises(RuntimeError, match=r"^truncate: scores must be on the device of keys, cpu; got meta$"):
+        torch.ops.fsdc.truncate(**arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name, other", [("values", "keys"), ("scores", "keys")])
+def test_cuda_and_cpu_are_not_mixed(name, other):
+    arguments = on("cpu", K)
+    arguments[name] = arguments[name].cuda()
+    text = f"truncate: {name} must be on the device of {other}, cpu; got cuda:0"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+        torch.ops.fsdc.truncate(**arguments)
+
+
+def needing_gradients(op):
+    arguments = on("cpu", {"truncate": K, "accumulate_scores_": A}[op])
+    arguments["scores" if op == "truncate" else "weights"].requires_grad_()
+    return arguments
+
+
+@pytest.mark.parametrize("op", ["truncate", "accumulate_scores_"])
+def test_gradients_are_refused(op):
+    text = f"{op}: inputs must not require gradients, there is no backward; got an input with requires_grad=True"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}"):
+        getattr(torch.ops.fsdc, op)(**needing_gradients(op))
+
+
+@pytest.mark.parametrize("op", ["truncate", "accumulate_scores_"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_mode_inputs_may_require_gradients(op, mode):
+    arguments = needing_gradients(op)
+    with mode():
+        outputs = getattr(torch.ops.fsdc, op)(**arguments)
+    assert not any(x.requires_grad for x in outputs or ())

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads change nothing but the time."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from inputs import assert_all_same_bits, rows
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def arguments(rows_per_batch=3):
+    keys = rows(1, rows_per_batch, 9000, 72)
+    return keys, keys * 2, torch.rand(1, 2 * rows_per_batch, 3, 9000), 700
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_any_number_of_threads_gives_the_same_bits(heads, threads):
+    inputs = arguments(heads)
+    threads(1)
+    expected = torch.ops.fsdc.truncate(*inputs, include_skipped=True)
+    for number in (2, 3, 8):
+        threads(number)
+        assert_all_same_bits(torch.ops.fsdc.truncate(*inputs, include_skipped=True), expected)
+
+
+def test_calls_from_several_python_threads():
+    inputs = [arguments() for _ in range(4)]
+    expected = [torch.ops.fsdc.truncate(*one, include_skipped=True) for one in inputs]
+
+    def work(i):
+        return [torch.ops.fsdc.truncate(*inputs[i], include_skipped=True) for _ in range(10)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for results, wanted in zip(pool.map(work, range(4)), expected, strict=True):
+            for result in results:
+                assert_all_same_bits(result, wanted)
+
+
+def test_the_same_bits_every_time(device):
+    inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments()]
+    first = torch.ops.fsdc.truncate(*inputs, include_skipped=True)
+    for _ in range(5):
+        assert_all_same_bits(torch.ops.fsdc.truncate(*inputs, include_skipped=True), first)
