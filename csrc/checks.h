@@ -23,7 +23,7 @@ inline void check(bool satisfied, const Parts&... parts) {
   if (satisfied) return;
   std::ostringstream text;
   (text << ... << parts);
-  throw std::invalid_argument(text.str());
+  throw std::runtime_error(text.str());
 }
 
 // [2, 8, 100, 64]

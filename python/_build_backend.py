@@ -48,11 +48,19 @@ def get_requires_for_build_sdist(config_settings=None):
     return _wanted("setuptools")
 
 
-def __getattr__(name):
-    """All other hooks (build_wheel, build_editable, ...) are setuptools' own."""
-    import setuptools.build_meta
+def _of_setuptools(hook):
+    def call(*arguments, **named):
+        import setuptools.build_meta  # only now: pip looks at the hooks before it installs what they require
 
-    return getattr(setuptools.build_meta, name)
+        return getattr(setuptools.build_meta, hook)(*arguments, **named)
 
+    return call
+
+
+build_sdist = _of_setuptools("build_sdist")
+build_wheel = _of_setuptools("build_wheel")
+build_editable = _of_setuptools("build_editable")
+prepare_metadata_for_build_wheel = _of_setuptools("prepare_metadata_for_build_wheel")
+prepare_metadata_for_build_editable = _of_setuptools("prepare_metadata_for_build_editable")
 
 _show_installed_packages()

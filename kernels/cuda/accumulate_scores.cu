@@ -1,6 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// placeholder
+// accumulate_scores: add the attention weights of new queries to the scores of their KV head, in place.
+// Definition: ../accumulate_scores.h.
+//
+// In      weights [B, H * G, Q, S] of 4 types, query_weights [B, Q] f32, carry [B] f32; strides free
+// In/out  scores [B, H, S] f32
+// How     a thread owns 4 tokens of one row and walks through queries and heads; neighbours read neighbours
+// Bytes   B H G Q S size + 8 B H S (4 B H S with overwrite); a query of weight 0 is not read
+// Floor   bytes / copy bandwidth: 268 MB, 62 us at 4.3 TB/s for B = 1, H = 8, G = 4, Q = 512, S = 4096 f32
+// Launch  128 threads, one block per 512 tokens of a row, all on grid.x. At most 64 registers, no shared
+//         memory: 8 blocks or more per SM, 50 % occupancy or more
+// Order   as prescribed, so bitwise equal to CPU and reference: every step rounded to fp32, nothing fused
+// Limits  2^31 - 1 blocks: else cudaErrorInvalidValue. Queries are not split, so few rows of few tokens with
+//         many queries leave multiprocessors idle
+// Tested  on the CPU by a SIMT runtime with address and race checks. Not yet run or timed on a GPU
 #include "accumulate_scores.cuh"
+
 #include "launch.h"
 
 namespace fsdc::cuda {

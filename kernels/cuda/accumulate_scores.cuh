@@ -13,7 +13,9 @@ namespace fsdc::cuda {
 constexpr int kTokensPerThread = 4;  // times this many heads: the loads of one thread in flight
 constexpr int kHeadsAhead = 4;
 
-__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
+__device__ inline bool is_finite(float value) {
+  return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
+}
 
 template <class Element, int kThreads>
 __global__ void __launch_bounds__(kThreads)
@@ -35,7 +37,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // [G, Q, S] of this KV head
-  const Element* const weights = static_cast<const Element*>(params.weights) + batch * params.weight_batch_stride +
+  const Element* const weights = static_cast<const Element*>(params.weights) +
+                                 batch * params.weight_batch_stride +
                                  head * params.group * params.weight_head_stride;
   for (int64_t query = 0; query < params.queries; ++query) {
     float query_weight = 1;
@@ -90,8 +93,9 @@ cudaError_t launch_accumulate_scores_kernel(const AccumulateScoresParams& params
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;  // of a grid
   return with_element(params.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
-    return launch(accumulate_scores_kernel<Element, kThreads>, dim3(static_cast<unsigned>(blocks)), kThreads, 0,
-                  stream, params, static_cast<uint32_t>(tiles));
+    const dim3 grid(static_cast<unsigned>(blocks));
+    return launch(accumulate_scores_kernel<Element, kThreads>, grid, kThreads, 0, stream, params,
+                  static_cast<uint32_t>(tiles));
   });
 }
 

@@ -20,8 +20,8 @@ struct BlockSum {
   uint32_t total;   // sum over all warps
 };
 
-// Every warp brings one value, the same in all its lanes. `slots` is shared memory, one per warp. One barrier: before
-// the same slots are used again there must be another one.
+// Every warp brings one value, the same in all its lanes. `slots` is shared memory, one per warp. One
+// barrier: before the same slots are used again there must be another one.
 template <int kThreads>
 __device__ BlockSum sum_over_warps(uint32_t value, uint32_t* slots) {
   constexpr int kWarps = kThreads / kWarpThreads;

@@ -21,9 +21,11 @@ struct TruncatePlan {
   int value_access;
 };
 
-// Element: what the skipped entry is summed in; void if there is none, then the element type does not matter.
+// Element: what the skipped tokens are summed from; void without such an entry, for the rest only moves
+// bytes. Two blocks per multiprocessor: one selects while the other copies.
 template <class Element, int kThreads>
-__global__ void __launch_bounds__(kThreads, 2) truncate_kernel(const TruncateParams params, const TruncatePlan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    truncate_kernel(const TruncateParams params, const TruncatePlan plan) {
   const uint32_t row = blockIdx.x / plan.shares;
   const uint32_t share = blockIdx.x % plan.shares;
   const int64_t batch = row / static_cast<uint32_t>(params.heads);
@@ -31,13 +33,15 @@ __global__ void __launch_bounds__(kThreads, 2) truncate_kernel(const TruncatePar
   const int64_t entries = params.kept + (params.has_skipped ? 1 : 0);
   const int64_t first_rank = min(share * plan.ranks, params.kept);
   const int64_t end_rank = min(first_rank + plan.ranks, params.kept);
-  const float* const scores = params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
-  int64_t* const indices = params.indices + row * entries;
-  const RowCopy keys = row_of(params.keys, batch, head, row, entries, plan.element_bytes);
-  const RowCopy values = row_of(params.values, batch, head, row, entries, plan.element_bytes);
+  const float* const scores =  // [S]
+      params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
+  int64_t* const indices = params.indices + row * entries;  // [E]
 
   const Boundary boundary =
       select_tokens<kThreads>(scores, params.tokens, params.kept, first_rank, end_rank, indices);
+
+  const RowCopy keys = row_of(params.keys, batch, head, row, entries, plan.element_bytes);
+  const RowCopy values = row_of(params.values, batch, head, row, entries, plan.element_bytes);
   gather_tokens<kThreads>(keys, plan.key_access, indices, first_rank, end_rank);
   gather_tokens<kThreads>(values, plan.value_access, indices, first_rank, end_rank);
 
@@ -60,8 +64,9 @@ inline int access_of(const TokenRows& rows, int64_t element_bytes) {
                       static_cast<uint64_t>(strides * element_bytes));
 }
 
-// Rows alone fill the device from about 128 on. Fewer rows are cut into shares of the work after the selection, and
-// every share selects for itself: that costs idle multiprocessors, not time, and spares scratch and a second launch.
+// About 128 rows fill the device. Where there are fewer, the copying (and summing) of a row is cut into
+// shares, a block each, and every share selects for itself: that uses idle multiprocessors, not time, and it
+// spares scratch memory, a barrier between blocks and a second launch.
 inline TruncatePlan plan_truncate(const TruncateParams& params) {
   constexpr int64_t kBlocks = 128;
   constexpr int64_t kShareBytes = 32 << 10;  // below this a share is not worth its selection
@@ -69,8 +74,11 @@ inline TruncatePlan plan_truncate(const TruncateParams& params) {
   const int64_t read_tokens = params.has_skipped ? params.tokens : params.kept;
   const int64_t read_bytes = read_tokens * (params.keys.head_dim + params.values.head_dim) * element_bytes;
   const int64_t shares = std::max<int64_t>(std::min(kBlocks / params.rows(), read_bytes / kShareBytes), 1);
-  return {static_cast<uint32_t>(shares), (params.kept + shares - 1) / shares, static_cast<int>(element_bytes),
-          access_of(params.keys, element_bytes), access_of(params.values, element_bytes)};
+  return {.shares = static_cast<uint32_t>(shares),
+          .ranks = (params.kept + shares - 1) / shares,
+          .element_bytes = static_cast<int>(element_bytes),
+          .key_access = access_of(params.keys, element_bytes),
+          .value_access = access_of(params.values, element_bytes)};
 }
 
 template <int kThreads>
@@ -84,7 +92,9 @@ cudaError_t launch_truncate_kernel(const TruncateParams& params, cudaStream_t st
                     token_bytes < int64_t{1} << 31;                           // an offset inside a token
   if (!fits) return cudaErrorInvalidValue;
   const dim3 grid(static_cast<unsigned>(blocks));
-  if (!params.has_skipped) return launch(truncate_kernel<void, kThreads>, grid, kThreads, 0, stream, params, plan);
+  if (!params.has_skipped) {
+    return launch(truncate_kernel<void, kThreads>, grid, kThreads, 0, stream, params, plan);
+  }
   return with_element(params.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
     return launch(truncate_kernel<Element, kThreads>, grid, kThreads, 0, stream, params, plan);

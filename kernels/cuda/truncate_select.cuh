@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tokens of a row stay: find the key of the last one by radix, then write the kept indices in token order.
+// Which tokens of a row stay: find the key of the last one by radix, then write the indices in token order.
 //
-// Nothing is sorted and no candidate is buffered: a buffer can overflow and then drops tokens silently. The scores are
-// read again in each pass, from L1 as far as they fit there.
+// Nothing is sorted and no candidate is buffered: a buffer can overflow and then drops tokens silently. The
+// scores are read again in each pass, from L1 as far as they fit there.
 #pragma once
 
 #include "../score_order.h"
@@ -10,14 +10,12 @@
 
 namespace fsdc::cuda {
 
-constexpr int kScoresAhead = 8;  // loads of one thread in flight
-
 __device__ inline uint32_t key_of(const float* scores, int index) {
   return score_key(__float_as_uint(__ldg(scores + index)));
 }
 
-// The key of the last kept token, as far as it had to be found out: the bits above `shift`. Of the tokens with these
-// bits the first `skip` go, because of equal scores the newer stays.
+// The key of the last kept token, as far as it had to be found out: the bits from `shift` up. Of the tokens
+// with these bits the first `skip` go, because of equal scores the newer stays.
 struct Threshold {
   uint32_t prefix;
   int shift;
@@ -36,12 +34,14 @@ struct Boundary {
   }
 };
 
-// Digits of 11, 11 and 10 bits, the highest first: count them (integers: no order, so deterministic), find the digit at
-// which `kept` tokens are reached from the top, go on among the tokens with this digit. 1 <= kept <= tokens < 2^32.
+// Digits of 11, 11 and 10 bits, the highest first: count them (integers: no order, so deterministic), find
+// the digit at which `kept` tokens are reached from the top, go on among the tokens with this digit.
+// 1 <= kept < tokens < 2^32.
 template <int kThreads>
 __device__ Threshold find_threshold(const float* scores, int64_t tokens, uint32_t kept) {
   constexpr int kBins = 1 << 11;
   constexpr int kBinsPerThread = kBins / kThreads;
+  constexpr int kAhead = 8;  // loads of one thread in flight
   static_assert(kBins % kThreads == 0);
   struct Bin {
     uint32_t digit;
@@ -59,13 +59,15 @@ __device__ Threshold find_threshold(const float* scores, int64_t tokens, uint32_
     for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) histogram[bin] = 0;
     __syncthreads();
 
-    for (int64_t first = threadIdx.x; first < tokens; first += kThreads * kScoresAhead) {
+    for (int64_t first = threadIdx.x; first < tokens; first += kThreads * kAhead) {
       const int left = clamp_to_int(tokens - first);
-      uint32_t keys[kScoresAhead];
+      uint32_t keys[kAhead];
       FSDC_UNROLL
-      for (int i = 0; i < kScoresAhead; ++i) keys[i] = i * kThreads < left ? key_of(scores + first, i * kThreads) : 0;
+      for (int i = 0; i < kAhead; ++i) {
+        keys[i] = i * kThreads < left ? key_of(scores + first, i * kThreads) : 0;
+      }
       FSDC_UNROLL
-      for (int i = 0; i < kScoresAhead; ++i) {
+      for (int i = 0; i < kAhead; ++i) {
         const uint32_t digits = keys[i] >> threshold.shift;
         const bool counts = i * kThreads < left && digits >> bits == threshold.prefix;
         if (counts) atomicAdd(&histogram[digits & ((1u << bits) - 1)], 1u);
@@ -73,7 +75,8 @@ __device__ Threshold find_threshold(const float* scores, int64_t tokens, uint32_
     }
     __syncthreads();
 
-    const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;  // this thread's bins go down from here
+    // The bins of this thread go down from `top`, those of the threads before it lie above.
+    const int top = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;
     uint32_t mine = 0;
     for (int i = 0; i < kBinsPerThread; ++i) mine += histogram[top - i];
     uint32_t above = block_exclusive_sum<kThreads>(mine, slots);
@@ -92,15 +95,16 @@ __device__ Threshold find_threshold(const float* scores, int64_t tokens, uint32_
   return threshold;
 }
 
-// indices[rank] = token for the kept tokens with a rank in [first_rank, end_rank). The whole block sees them on return.
+// indices[rank] = token for the kept tokens with a rank in [first_rank, end_rank), ascending. The whole block
+// sees them on return. A warp holds kItems times 32 tokens in a row, so a ballot gives their order.
 template <int kThreads>
-__device__ Boundary write_indices(const float* scores, int64_t tokens, Threshold threshold, int64_t first_rank,
-                                  int64_t end_rank, int64_t* indices) {
-  constexpr int kItems = 8;
+__device__ Boundary write_indices(const float* scores, int64_t tokens, Threshold threshold,
+                                  int64_t first_rank, int64_t end_rank, int64_t* indices) {
+  constexpr int kItems = 8;  // tokens of one thread, 32 apart
   constexpr int kWarpTokens = kWarpThreads * kItems;
   constexpr int kBlockTokens = kThreads * kItems;
   static_assert(kBlockTokens < 1 << 16, "two counts share a word");
-  FSDC_SHARED(slots, uint32_t[2][kThreads / kWarpThreads]);  // in turns, so that one barrier a round is enough
+  FSDC_SHARED(slots, uint32_t[2][kThreads / kWarpThreads]);  // in turns: one barrier a round is enough
   FSDC_SHARED(first_equal, int64_t);
 
   const uint32_t lanes_before = (1u << lane_index()) - 1;
@@ -150,7 +154,7 @@ __device__ Boundary write_indices(const float* scores, int64_t tokens, Threshold
   return {threshold.prefix, threshold.shift, first_equal};
 }
 
-// Selects `kept` of `tokens` and writes the indices of the ranks in [first_rank, end_rank), ascending.
+// Select `kept` of `tokens` and write the indices of the ranks in [first_rank, end_rank).
 template <int kThreads>
 __device__ Boundary select_tokens(const float* scores, int64_t tokens, int64_t kept, int64_t first_rank,
                                   int64_t end_rank, int64_t* indices) {

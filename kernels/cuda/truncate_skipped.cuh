@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry of the skipped tokens: the sum of the tokens of one row that were not kept, in the order of ../truncate.h.
+// The entry of the skipped tokens of one row: their sum, in the order that ../truncate.h prescribes.
 #pragma once
 
 #include "element.cuh"
@@ -8,11 +8,12 @@
 
 namespace fsdc::cuda {
 
-// The sums of the column packs [first_column, end_column), counted through the keys and then through the values. A
-// thread walks one pack of columns through one segment.
+// Columns, kPack elements wide, are counted through the keys and on through the values; each share takes a
+// run of them. A thread walks one column through one segment, then the first segment's threads add up.
 template <class Element, int kPack, int kThreads>
-__device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary& boundary, const RowCopy& keys,
-                            const RowCopy& values, int64_t entry, uint32_t share, uint32_t shares) {
+__device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary& boundary,
+                            const RowCopy& keys, const RowCopy& values, int64_t entry, uint32_t share,
+                            uint32_t shares) {
   using Sum = Accumulator<Element>;
   using Word = Access<kPack * static_cast<int>(sizeof(Element))>;
   constexpr int kAhead = 8;  // tokens of one thread in flight
@@ -34,8 +35,8 @@ __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary&
     const uint32_t column = first_column + place;
     const bool is_key = column < key_columns;
     const int64_t column_offset = int64_t{is_key ? column : column - key_columns} * kPackBytes;
-    const char* const source = (is_key ? keys.source : values.source) + column_offset;
     const int64_t source_step = is_key ? keys.source_step : values.source_step;
+    const char* token = (is_key ? keys.source : values.source) + column_offset + segment * run * source_step;
 
     Sum sum[kPack] = {};
     for (int64_t first = column < end_column ? segment * run : tokens; first < end_token; first += kAhead) {
@@ -45,7 +46,8 @@ __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary&
       FSDC_UNROLL
       for (int i = 0; i < kAhead; ++i) {
         skipped[i] = i < left && !boundary.keeps(key_of(scores + first, i), first + i);
-        if (skipped[i]) words[i] = __ldg(reinterpret_cast<const Word*>(source + (first + i) * source_step));
+        if (skipped[i]) words[i] = __ldg(reinterpret_cast<const Word*>(token));
+        token += source_step;
       }
       FSDC_UNROLL
       for (int i = 0; i < kAhead; ++i) {
@@ -60,12 +62,13 @@ __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary&
     __syncthreads();
 
     if (segment == 0 && column < end_column) {
-      char* const out = (is_key ? keys.out + entry * keys.token_bytes : values.out + entry * values.token_bytes);
+      char* const entries = is_key ? keys.out : values.out;
+      char* const out = entries + entry * (is_key ? keys.token_bytes : values.token_bytes) + column_offset;
       FSDC_UNROLL
       for (int item = 0; item < kPack; ++item) {
         Sum total = 0;
         for (int i = 0; i < kSegments; ++i) total = add(total, sums[i][place][item]);
-        narrow(total, reinterpret_cast<Element*>(out + column_offset)[item]);
+        narrow(total, reinterpret_cast<Element*>(out)[item]);
       }
     }
     __syncthreads();  // before the next columns take the place of these

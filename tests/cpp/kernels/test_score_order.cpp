@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <bit>
+#include <catch2/catch_test_macros.hpp>
+#include <limits>
+
+#include "kernels/score_order.h"
+
+namespace {
+
+uint32_t key(float score) { return fsdc::score_key(std::bit_cast<uint32_t>(score)); }
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+}  // namespace
+
+TEST_CASE("keys rise with the rank of the score") {
+  const float ascending[] = {-kInf, -std::numeric_limits<float>::max(),        -1.0f, -1e-45f, 0.0f, 1e-45f,
+                             1.0f,  std::numeric_limits<float>::max(), std::numeric_limits<float>::quiet_NaN(), kInf};
+  for (size_t i = 1; i < std::size(ascending); ++i) {
+    CAPTURE(i, ascending[i]);
+    CHECK(key(ascending[i - 1]) < key(ascending[i]));
+  }
+}
+
+TEST_CASE("zeros of both signs are equal, and so is every NaN") {
+  CHECK(key(-0.0f) == key(0.0f));
+  for (uint32_t bits : {0x7f800001u, 0x7fc00000u, 0x7fffffffu, 0xff800001u, 0xffc00000u, 0xffffffffu}) {
+    CHECK(fsdc::score_key(bits) == fsdc::kKeyOfNaN);
+  }
+}
+
+TEST_CASE("no score has the key of a missing one, 0") {
+  CHECK(key(-kInf) > 0);
+}
+
+TEST_CASE("keys keep the order of neighbouring floats") {
+  for (uint32_t bits = 0; bits < 0x7f800000u; bits += 977) {
+    CHECK(fsdc::score_key(bits + 1) > fsdc::score_key(bits));
+    CHECK(fsdc::score_key((bits + 1) | 0x80000000u) < fsdc::score_key(bits | 0x80000000u));
+  }
+}

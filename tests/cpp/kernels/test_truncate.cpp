@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// truncate on every instruction set of this machine: selection, ties, gather, the entry of the skipped tokens.
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+#include <catch2/generators/catch_generators_range.hpp>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/element.h"
+#include "reference.h"
+#include "threads.h"
+
+namespace {
+
+using namespace fsdc;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+std::vector<float> random_scores(int64_t tokens, const std::vector<float>& from, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::vector<float> scores(tokens);
+  for (float& score : scores) score = from[generator() % from.size()];
+  return scores;
+}
+
+std::vector<int64_t> select(const cpu::KernelTable& kernels, const std::vector<float>& scores, int64_t kept) {
+  std::vector<int64_t> indices(kept + 1, -7);  // one more: it must not be touched
+  kernels.select_row(scores.data(), int64_t(scores.size()), kept, indices.data());
+  CHECK(indices.back() == -7);
+  indices.pop_back();
+  return indices;
+}
+
+// Rows of one layer: keys count up, values down, so every element tells where it came from.
+struct Layer {
+  int64_t batch = 2, heads = 3, tokens = 70, head_dim = 5, value_dim = 9;
+  std::vector<float> keys, values, scores;
+
+  Layer() {
+    keys.resize(batch * heads * tokens * head_dim);
+    values.resize(batch * heads * tokens * value_dim);
+    scores.resize(batch * heads * tokens);
+    for (size_t i = 0; i < keys.size(); ++i) keys[i] = float(i);
+    for (size_t i = 0; i < values.size(); ++i) values[i] = -float(i);
+    std::mt19937 generator(7);
+    for (float& score : scores) score = std::generate_canonical<float, 24>(generator);
+  }
+};
+
+struct Result {
+  std::vector<float> keys, values;
+  std::vector<int64_t> indices;
+  bool operator==(const Result&) const = default;
+};
+
+Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::Parallel& parallel,
+                const cpu::KernelTable& kernels) {
+  const int64_t rows = layer.batch * layer.heads, entries = kept + has_skipped;
+  Result out{std::vector<float>(rows * entries * layer.head_dim, kNaN),
+             std::vector<float>(rows * entries * layer.value_dim, kNaN), std::vector<int64_t>(rows * entries, -7)};
+  auto token_rows = [&](const std::vector<float>& from, int64_t dim, std::vector<float>& to) {
+    return TokenRows{from.data(), layer.heads * layer.tokens * dim, layer.tokens * dim, dim, dim, to.data()};
+  };
+  cpu::truncate({.batch = layer.batch,
+                 .heads = layer.heads,
+                 .tokens = layer.tokens,
+                 .kept = kept,
+                 .has_skipped = has_skipped,
+                 .dtype = DType::kFloat32,
+                 .scores = layer.scores.data(),
+                 .score_batch_stride = layer.heads * layer.tokens,
+                 .score_head_stride = layer.tokens,
+                 .keys = token_rows(layer.keys, layer.head_dim, out.keys),
+                 .values = token_rows(layer.values, layer.value_dim, out.values),
+                 .indices = out.indices.data()},
+                parallel, kernels);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("selection keeps the best, of equal ones the newer, in ascending order") {
+  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const std::vector<std::vector<float>> alphabets = {
+      {0.0f},
+      {0.0f, -0.0f},
+      {1.0f, 2.0f},
+      {kNaN, -kNaN, kInf, -kInf, 0.0f, -0.0f, 1.0f, -1.0f, 1e-45f, -1e-45f, std::numeric_limits<float>::max()},
+      {kInf, kInf, kInf, 1.0f},
+      {-kInf},
+      {kNaN},
+      {1.0f, std::nextafter(1.0f, 2.0f), std::nextafter(1.0f, 0.0f), 1.0f + 0x1p-13f, 1.125f}};
+  for (const std::vector<float>& alphabet : alphabets) {
+    for (int64_t tokens : {1, 2, 63, 64, 65, 128, 1000, 9000}) {
+      const std::vector<float> scores = random_scores(tokens, alphabet, uint32_t(tokens));
+      for (int64_t kept : {int64_t{0}, int64_t{1}, tokens / 3, tokens / 2, tokens - 1, tokens}) {
+        CAPTURE(kernels.isa, tokens, kept, alphabet);
+        CHECK(select(kernels, scores, kept) == test::select(scores, kept));
+      }
+    }
+  }
+}
+
+TEST_CASE("selection is right where its sample of the scores misleads") {
+  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  constexpr int64_t kTokens = 16384;
+  for (int64_t offset = 0; offset < 16; ++offset) {  // the sample looks at every 16th
+    std::vector<float> scores(kTokens);
+    std::mt19937 generator(1);
+    for (int64_t i = 0; i < kTokens; ++i) {
+      scores[i] = std::generate_canonical<float, 24>(generator) * (i % 16 == offset ? 1e3f : 1e-3f);
+    }
+    for (int64_t kept : {1, 100, 1024, 1025, 9000}) {
+      CAPTURE(kernels.isa, offset, kept);
+      CHECK(select(kernels, scores, kept) == test::select(scores, kept));
+    }
+  }
+}
+
+TEST_CASE("rows are copied whole and to their place") {
+  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const Layer layer;
+  const int64_t kept = GENERATE(1, 20, 69, 70);
+  const Result out = truncate(layer, kept, false, cpu::Sequential(), kernels);
+  for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
+    const auto begin = layer.scores.begin() + row * layer.tokens;
+    const std::vector<int64_t> expected = test::select({begin, begin + layer.tokens}, kept);
+    for (int64_t i = 0; i < kept; ++i) {
+      CAPTURE(kernels.isa, row, i);
+      REQUIRE(out.indices[row * kept + i] == expected[i]);
+      const int64_t token = row * layer.tokens + expected[i];
+      for (int64_t d = 0; d < layer.head_dim; ++d) {
+        REQUIRE(out.keys[(row * kept + i) * layer.head_dim + d] == layer.keys[token * layer.head_dim + d]);
+      }
+      for (int64_t d = 0; d < layer.value_dim; ++d) {
+        REQUIRE(out.values[(row * kept + i) * layer.value_dim + d] == layer.values[token * layer.value_dim + d]);
+      }
+    }
+  }
+}
+
+TEST_CASE("the last entry is the sum of the skipped tokens") {
+  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const Layer layer;
+  const int64_t kept = GENERATE(1, 20, 69);
+  const Result out = truncate(layer, kept, true, cpu::Sequential(), kernels);
+  for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
+    const int64_t* indices = out.indices.data() + row * (kept + 1);
+    CHECK(indices[kept] == -1);
+    for (int64_t d = 0; d < layer.value_dim; ++d) {
+      double sum = 0;  // exact: these are whole numbers below 2^24
+      for (int64_t token = 0; token < layer.tokens; ++token) {
+        if (!std::binary_search(indices, indices + kept, token)) {
+          sum += layer.values[(row * layer.tokens + token) * layer.value_dim + d];
+        }
+      }
+      CAPTURE(kernels.isa, row, d);
+      CHECK(out.values[(row * (kept + 1) + kept) * layer.value_dim + d] == float(sum));
+    }
+  }
+}
+
+TEST_CASE("threads change nothing") {
+  const Layer layer;
+  const cpu::KernelTable& kernels = cpu::active_kernels();
+  for (bool has_skipped : {false, true}) {
+    const Result expected = truncate(layer, 20, has_skipped, cpu::Sequential(), kernels);
+    for (int threads : {2, 3, 7}) CHECK(truncate(layer, 20, has_skipped, test::Threads(threads), kernels) == expected);
+  }
+}

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operators as a C++ user calls them, on the CPU and, where there is one, on a GPU.
+#include <ATen/ATen.h>
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+#include <catch2/matchers/catch_matchers.hpp>
+
+#include "csrc/fsdc.h"
+
+namespace {
+
+at::Device any_device() {
+  const auto device = GENERATE(at::kCPU, at::kCUDA);
+  if (device == at::kCUDA && !at::hasCUDA()) SKIP("no CUDA device");
+  return device;
+}
+
+}  // namespace
+
+TEST_CASE("truncate keeps the best tokens in order") {
+  const at::Device device = any_device();
+  const at::Tensor scores = at::tensor({0.1f, 0.9f, 0.1f, 0.5f}, device).view({1, 1, 4});
+  const at::Tensor keys = at::arange(8, at::TensorOptions(device).dtype(at::kFloat)).view({1, 1, 4, 2});
+  const auto [out_keys, out_values, indices] = fsdc::truncate(keys, -keys, scores, 3);
+  const at::Tensor expected = at::tensor({1, 2, 3}, at::TensorOptions(device).dtype(at::kLong));
+  CHECK(indices.view(-1).equal(expected));
+  CHECK(out_keys.equal(keys.index_select(2, expected)));
+  CHECK(out_values.equal(-out_keys));
+}
+
+TEST_CASE("truncate sums the skipped tokens") {
+  const at::Device device = any_device();
+  const at::Tensor scores = at::arange(4, at::TensorOptions(device).dtype(at::kFloat)).view({1, 1, 4});
+  const at::Tensor keys = at::arange(4, at::TensorOptions(device).dtype(at::kBFloat16)).view({1, 1, 4, 1});
+  const auto [out_keys, out_values, indices] = fsdc::truncate(keys, keys, scores, 2, true);
+  CHECK(indices.view(-1).cpu().equal(at::tensor({3, -1}, at::kLong)));
+  CHECK(out_keys.view(-1).cpu().to(at::kFloat).equal(at::tensor({3.0f, 0.0f + 1.0f + 2.0f})));
+}
+
+TEST_CASE("accumulate_scores_ writes in place") {
+  const at::Device device = any_device();
+  at::Tensor scores = at::ones({1, 2, 3}, device);
+  const at::Tensor weights = at::ones({1, 4, 5, 3}, device);
+  fsdc::accumulate_scores_(scores, weights, std::nullopt, at::full({1}, 0.5, device));
+  CHECK(scores.equal(at::full({1, 2, 3}, 0.5 + 2 * 5, device)));
+}
+
+TEST_CASE("a bad argument throws and says what came") {
+  const at::Tensor keys = at::ones({1, 2, 3, 4});
+  CHECK_THROWS_WITH(fsdc::truncate(keys, keys, at::ones({1, 2, 3}), 0),
+                    "truncate: cache_size must be at least 1; got 0");
+}
