@@ -28,8 +28,7 @@ inline void check_accumulate_scores(const Tensor& scores, const Tensor& weights,
     check_float32(op, "query_weights", *query_weights);
     check_same_device(op, "query_weights", *query_weights, "scores", scores);
     check(query_weights->dim() == 2 && query_weights->size(0) == batch && query_weights->size(1) == queries, op,
-          ": query_weights must be [B, Q] = [", batch, ", ", queries, "]; got sizes ",
-          to_text(query_weights->sizes()));
+          ": query_weights must be [B, Q] = [", batch, ", ", queries, "]; got sizes ", to_text(query_weights->sizes()));
   }
   if (carry.has_value()) {
     check_float32(op, "carry", *carry);

@@ -90,8 +90,8 @@ inline void check_rank(const char* op, const char* name, const Tensor& tensor, i
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
-  check(is_supported(tensor.scalar_type()), op, ": ", name,
-        " must be float32, float16, bfloat16 or float64; got ", to_text(tensor.scalar_type()));
+  check(is_supported(tensor.scalar_type()), op, ": ", name, " must be float32, float16, bfloat16 or float64; got ",
+        to_text(tensor.scalar_type()));
 }
 
 inline void check_float32(const char* op, const char* name, const Tensor& tensor) {
@@ -118,11 +118,11 @@ inline void check_tokens(const char* op, const char* name, int64_t tokens) {
 // Attention weights [B, Hq, Q, S] of the heads of `heads` groups.
 inline void check_weights(const char* op, const char* name, const Tensor& weights, int64_t batch, int64_t heads,
                           int64_t tokens) {
-  check(weights.size(0) == batch && weights.size(3) == tokens, op, ": ", name, " must be [B, Hq, Q, S] with B = ",
-        batch, " and S = ", tokens, "; got sizes ", to_text(weights.sizes()));
+  check(weights.size(0) == batch && weights.size(3) == tokens, op, ": ", name,
+        " must be [B, Hq, Q, S] with B = ", batch, " and S = ", tokens, "; got sizes ", to_text(weights.sizes()));
   const int64_t query_heads = weights.size(1);
-  check(heads == 0 ? query_heads == 0 : query_heads > 0 && query_heads % heads == 0, op, ": ", name, " must have a multiple of the ",
-        heads, " KV heads; got ", query_heads, " heads");
+  check(heads == 0 ? query_heads == 0 : query_heads > 0 && query_heads % heads == 0, op, ": ", name,
+        " must have a multiple of the ", heads, " KV heads; got ", query_heads, " heads");
 }
 
 }  // namespace fsdc

@@ -22,8 +22,7 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> truncate(const at::Tensor&
                                                                bool include_skipped = false) {
   using Signature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
                                                                    const at::Tensor&, c10::SymInt, bool);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fsdc::truncate", "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("fsdc::truncate", "").typed<Signature>();
   return op.call(keys, values, scores, cache_size, include_skipped);
 }
 
@@ -32,8 +31,8 @@ inline std::tuple<at::Tensor, at::Tensor, at::Tensor> truncate(const at::Tensor&
 inline void accumulate_scores_(at::Tensor& scores, const at::Tensor& weights,
                                const std::optional<at::Tensor>& query_weights = std::nullopt,
                                const std::optional<at::Tensor>& carry = std::nullopt) {
-  using Signature = void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                         const std::optional<at::Tensor>&);
+  using Signature =
+      void(at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("fsdc::accumulate_scores_", "").typed<Signature>();
   op.call(scores, weights, query_weights, carry);

@@ -11,9 +11,7 @@ namespace py = pybind11;
 
 namespace {
 
-py::object text_or_none(const char* text) {
-  return *text != '\0' ? py::object(py::str(text)) : py::object(py::none());
-}
+py::object text_or_none(const char* text) { return *text != '\0' ? py::object(py::str(text)) : py::object(py::none()); }
 
 py::dict build_info() {
   py::dict info;

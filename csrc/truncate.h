@@ -25,8 +25,8 @@ inline void check_truncate(const Tensor& keys, const Tensor& values, const Tenso
   check_same_device(op, "values", values, "keys", keys);
   const int64_t batch = keys.size(0), heads = keys.size(1), tokens = keys.size(2);
   check(values.size(0) == batch && values.size(1) == heads && values.size(2) == tokens, op,
-        ": values must have the batch, heads and tokens of keys, ", to_text(keys.sizes().slice(0, 3)),
-        "; got sizes ", to_text(values.sizes()));
+        ": values must have the batch, heads and tokens of keys, ", to_text(keys.sizes().slice(0, 3)), "; got sizes ",
+        to_text(values.sizes()));
   check_contiguous_rows(op, "keys", keys);
   check_contiguous_rows(op, "values", values);
   check_tokens(op, "keys", tokens);
@@ -39,8 +39,7 @@ inline void check_truncate(const Tensor& keys, const Tensor& values, const Tenso
     check_weights(op, "scores", scores, batch, heads, tokens);
   } else {
     check(scores.size(0) == batch && scores.size(1) == heads && scores.size(2) == tokens, op,
-          ": scores must be [B, H, S] = ", to_text(keys.sizes().slice(0, 3)), "; got sizes ",
-          to_text(scores.sizes()));
+          ": scores must be [B, H, S] = ", to_text(keys.sizes().slice(0, 3)), "; got sizes ", to_text(scores.sizes()));
   }
 
   check(cache_size >= 1, op, ": cache_size must be at least 1; got ", cache_size);

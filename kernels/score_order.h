@@ -10,12 +10,12 @@
 
 namespace fsdc {
 
-constexpr uint32_t kKeyOfNaN = 0xff800000u;       // one above the largest finite score
+constexpr uint32_t kKeyOfNaN = 0xff800000u;  // one above the largest finite score
 constexpr uint32_t kKeyOfInfinity = 0xffffffffu;
 
 // Without branches, so that compilers vectorise it.
 FSDC_HOST_DEVICE constexpr uint32_t score_key(uint32_t bits) {
-  const uint32_t sign = 0u - (bits >> 31);                           // all ones where negative
+  const uint32_t sign = 0u - (bits >> 31);                                         // all ones where negative
   uint32_t key = (bits ^ (sign | 0x80000000u)) + (bits == 0x80000000u ? 1u : 0u);  // -0 becomes +0
   key = (bits & 0x7fffffffu) > 0x7f800000u ? kKeyOfNaN : key;
   return bits == 0x7f800000u ? kKeyOfInfinity : key;

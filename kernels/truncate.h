@@ -25,12 +25,12 @@ struct TokenRows {
 };
 
 struct TruncateParams {
-  int64_t batch;     // B
-  int64_t heads;     // H
-  int64_t tokens;    // S
-  int64_t kept;      // tokens kept per row, at most S
-  bool has_skipped;  // the entry of the skipped tokens follows the kept ones
-  DType dtype;       // of keys and values
+  int64_t batch;        // B
+  int64_t heads;        // H
+  int64_t tokens;       // S
+  int64_t kept;         // tokens kept per row, at most S
+  bool has_skipped;     // the entry of the skipped tokens follows the kept ones
+  DType dtype;          // of keys and values
   const float* scores;  // [B, H, S], last dimension contiguous
   int64_t score_batch_stride;
   int64_t score_head_stride;

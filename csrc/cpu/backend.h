@@ -21,9 +21,7 @@ class CpuBackend {
   explicit CpuBackend(const Tensor&) {}
 
   void truncate(const TruncateParams& params) const { cpu::truncate(params, TorchThreads()); }
-  void accumulate_scores(const AccumulateScoresParams& params) const {
-    cpu::accumulate_scores(params, TorchThreads());
-  }
+  void accumulate_scores(const AccumulateScoresParams& params) const { cpu::accumulate_scores(params, TorchThreads()); }
 };
 
 }  // namespace fsdc

@@ -18,12 +18,12 @@ struct KernelTable {
   void (*select_row)(const float* scores, int64_t tokens, int64_t kept, int64_t* indices);
 
   // Copies the rows that `indices[begin, end)` names. See copy_rows.inc.
-  void (*copy_rows)(const char* source, int64_t stride_bytes, int64_t row_bytes, const int64_t* indices,
-                    int64_t begin, int64_t end, char* out);
+  void (*copy_rows)(const char* source, int64_t stride_bytes, int64_t row_bytes, const int64_t* indices, int64_t begin,
+                    int64_t end, char* out);
 
   // Sums columns [begin, end) of the tokens of one row that are not in `kept_indices`. See sum_skipped.inc.
-  void (*sum_skipped)(const TruncateParams& params, const TokenRows& rows, int64_t row,
-                      const int64_t* kept_indices, int64_t begin, int64_t end);
+  void (*sum_skipped)(const TruncateParams& params, const TokenRows& rows, int64_t row, const int64_t* kept_indices,
+                      int64_t begin, int64_t end);
 
   // Adds the weights of columns [begin, end) of one row to its scores. See accumulate_columns.inc.
   void (*accumulate_columns)(const AccumulateScoresParams& params, int64_t row, int64_t begin, int64_t end);

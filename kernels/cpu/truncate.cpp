@@ -35,8 +35,7 @@ void gather(const TruncateParams& params, const TokenRows& tokens, const Paralle
       const int64_t row = begin / params.kept;
       const int64_t first = begin % params.kept;
       const int64_t last = std::min(params.kept, first + (end - begin));
-      const int64_t offset =
-          row / params.heads * tokens.batch_stride + row % params.heads * tokens.head_stride;
+      const int64_t offset = row / params.heads * tokens.batch_stride + row % params.heads * tokens.head_stride;
       kernels.copy_rows(static_cast<const char*>(tokens.source) + offset * element, tokens.token_stride * element,
                         row_bytes, params.indices + row * params.entries(), first, last,
                         static_cast<char*>(tokens.out) + row * params.entries() * row_bytes);

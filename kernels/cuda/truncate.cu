@@ -10,8 +10,9 @@
 //         scores are read 2 to 4 times, at most once from memory while they fit L1 and L2
 // Floor   bytes / copy bandwidth: 9.5 MB, 2.2 us at 4.3 TB/s for 8 rows, S = 32768, kept = 1024, D = 128 bf16
 // Launch  one, no scratch, no host synchronisation: 512 threads, one block per row, more where rows are fewer
-//         than 128. At most 64 registers: 2 blocks per SM, occupancy 50 % (sm_80, 90, 100) or 67 % (sm_86,
-//         89, 120). Shared memory is no limit: 8.4 KB, with the skipped entry 12.5 (f64), 14.6 (f32), 18.7 (f16)
+//         than 128. Without skipped entry 64 registers, 8.4 KB shared memory: 2 blocks per SM, occupancy 50 %
+//         (sm_80, 90, 100) or 67 % (sm_86, 89, 120), 64 KB of loads in flight. With it at most 126 registers,
+//         18.7 KB: 1 block per SM, occupancy 25 or 33 %, 32 KB in flight
 // Order   bitwise deterministic: counts are integers, each rank has one writer, the sum has a fixed order;
 //         accumulated in fp32, fp64 for fp64
 // Limits  S < 2^32, D below 2 GiB, 2^31 - 1 blocks: else cudaErrorInvalidValue

@@ -21,10 +21,10 @@ struct TruncatePlan {
   int value_access;
 };
 
-// Element: what the skipped tokens are summed from; void without such an entry, for the rest only moves
-// bytes. Two blocks per multiprocessor: one selects while the other copies.
+// Element: what the skipped tokens are summed from; void without such an entry, then only bytes move. Two blocks
+// per multiprocessor, so that one selects while the other copies; the sum wants the registers of both.
 template <class Element, int kThreads>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, std::is_void_v<Element> ? 2 : 1)
     truncate_kernel(const TruncateParams params, const TruncatePlan plan) {
   const uint32_t row = blockIdx.x / plan.shares;
   const uint32_t share = blockIdx.x % plan.shares;

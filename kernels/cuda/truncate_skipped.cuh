@@ -9,7 +9,7 @@
 namespace fsdc::cuda {
 
 // Columns, kPack elements wide, are counted through the keys and on through the values; each share takes a
-// run of them. A thread walks one column through one segment, then the first segment's threads add up.
+// run of them. A thread walks one column through one segment, then the segments are added up.
 template <class Element, int kPack, int kThreads>
 __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary& boundary,
                             const RowCopy& keys, const RowCopy& values, int64_t entry, uint32_t share,
@@ -20,7 +20,7 @@ __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary&
   constexpr int kPackBytes = static_cast<int>(sizeof(Word));
   constexpr int kSegments = static_cast<int>(kSumSegments);
   constexpr int kColumns = kThreads / kSegments;  // walked at the same time
-  FSDC_SHARED(sums, Sum[kSegments][kColumns][kPack]);
+  FSDC_SHARED(sums, Sum[kSegments][kColumns * kPack]);
 
   const uint32_t key_columns = static_cast<uint32_t>(keys.token_bytes) / kPackBytes;
   const uint32_t columns = key_columns + static_cast<uint32_t>(values.token_bytes) / kPackBytes;
@@ -58,18 +58,17 @@ __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary&
       }
     }
     FSDC_UNROLL
-    for (int item = 0; item < kPack; ++item) sums[segment][place][item] = sum[item];
+    for (int item = 0; item < kPack; ++item) sums[segment][place * kPack + item] = sum[item];
     __syncthreads();
 
-    if (segment == 0 && column < end_column) {
-      char* const entries = is_key ? keys.out : values.out;
-      char* const out = entries + entry * (is_key ? keys.token_bytes : values.token_bytes) + column_offset;
-      FSDC_UNROLL
-      for (int item = 0; item < kPack; ++item) {
-        Sum total = 0;
-        for (int i = 0; i < kSegments; ++i) total = add(total, sums[i][place][item]);
-        narrow(total, reinterpret_cast<Element*>(out)[item]);
-      }
+    const uint32_t item = first_column * kPack + threadIdx.x;  // an element, counted like the columns
+    if (threadIdx.x < kColumns * kPack && item < end_column * kPack) {
+      Sum total = 0;
+      for (int i = 0; i < kSegments; ++i) total = add(total, sums[i][threadIdx.x]);
+      const bool of_keys = item < key_columns * kPack;
+      const RowCopy& copy = of_keys ? keys : values;
+      Element* const out = reinterpret_cast<Element*>(copy.out + entry * copy.token_bytes);
+      narrow(total, out[of_keys ? item : item - key_columns * kPack]);
     }
     __syncthreads();  // before the next columns take the place of these
   }

@@ -28,9 +28,7 @@ def check_truncate(keys: Tensor, values: Tensor, scores: Tensor, cache_size: int
     )
     _check_contiguous_rows(op, "keys", keys)
     _check_contiguous_rows(op, "values", values)
-    torch._check(
-        sizes[2] < 1 << 31, lambda: f"{op}: keys must have fewer than 2147483648 tokens; got {sizes[2]}"
-    )
+    torch._check(sizes[2] < 1 << 31, lambda: f"{op}: keys must have fewer than 2147483648 tokens; got {sizes[2]}")
 
     torch._check(
         scores.dim() in (3, 4),
@@ -67,8 +65,10 @@ def check_accumulate_scores(
     for dim in range(3):
         torch._check(
             sym_or(scores.shape[dim] <= 1, scores.stride(dim) != 0),
-            lambda: f"{op}: scores must not overlap itself in memory, it is written to; "
-            f"got strides {list(scores.stride())}; call .clone()",
+            lambda: (
+                f"{op}: scores must not overlap itself in memory, it is written to; "
+                f"got strides {list(scores.stride())}; call .clone()"
+            ),
         )
     if query_weights is not None:
         _check_float32(op, "query_weights", query_weights)
@@ -106,9 +106,7 @@ def _check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_float32(op: str, name: str, tensor: Tensor) -> None:
-    torch._check(
-        tensor.dtype == torch.float32, lambda: f"{op}: {name} must be float32; got {_name(tensor.dtype)}"
-    )
+    torch._check(tensor.dtype == torch.float32, lambda: f"{op}: {name} must be float32; got {_name(tensor.dtype)}")
 
 
 def _check_same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -121,8 +119,10 @@ def _check_same_device(op: str, name: str, tensor: Tensor, other_name: str, othe
 def _check_contiguous_rows(op: str, name: str, tensor: Tensor) -> None:
     torch._check(
         sym_or(tensor.shape[-1] <= 1, tensor.stride(-1) == 1),
-        lambda: f"{op}: {name} must have a contiguous last dimension; got strides {list(tensor.stride())}; "
-        "call .contiguous()",
+        lambda: (
+            f"{op}: {name} must have a contiguous last dimension; got strides {list(tensor.stride())}; "
+            "call .contiguous()"
+        ),
     )
 
 

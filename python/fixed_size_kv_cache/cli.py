@@ -46,7 +46,7 @@ def collect() -> dict[str, str | list[str]]:
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built with {BUILD['torch']})",
         "transformers": support if found is None else f"{found} ({support}; at least {_compat.OLDEST_TRANSFORMERS})",
-        "CUDA kernels": f"built with CUDA {BUILD['cuda']}" if BUILD["cuda"] else f"none: {BUILD['without_cuda_because']}",
+        "CUDA kernels": f"CUDA {BUILD['cuda']}" if BUILD["cuda"] else f"none: {BUILD['without_cuda_because']}",
         "CUDA architectures": BUILD["cuda_architectures"] or "none",
         "CUDA devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none",
         "CPU instruction set": _C.cpu_isa(),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators in plain torch: the specification that CPU and CUDA kernels match bit for bit.
 
-Letters, here and everywhere: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``Hq = H * G``, ``Q`` new queries,
-``S`` tokens seen, ``D`` head dimension. A score says how much attention a token has received; the larger stays.
+Letters, here and everywhere: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``Hq = H * G``, ``Q`` new
+queries, ``S`` tokens seen, ``D`` head dimension. A score says how much attention a token got; the larger stays.
 """
 
 import torch
@@ -22,23 +22,23 @@ def truncate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Keeps the ``min(S, cache_size)`` best-scored tokens of each KV head, in ascending token order.
 
-    The rank of a score is: +inf first (so a caller protects a token with it), then NaN of any kind, then finite scores by
-    value with -0 equal to +0, then -inf. Of equal scores the newer token, the one with the larger index, stays.
+    The rank of a score is: +inf first (so a caller protects a token with it), then NaN of any kind, then finite scores
+    by value with -0 equal to +0, then -inf. Of equal scores the newer token, the one with the larger index, stays.
 
     Args:
         keys: ``[B, H, S, D]`` in float32, float16, bfloat16 or float64, with a contiguous last dimension. Strides are
             free otherwise, and may be 0.
         values: as ``keys``, with a ``D`` of its own.
-        scores: ``[B, H, S]``, or attention weights ``[B, Hq, Q, S]``: 4-D is always read as weights, which are summed over
-            the queries and over the group of query heads of each KV head, see :func:`accumulate_scores_`. Any of the four
-            types, rounded to float32 once, and any strides.
+        scores: ``[B, H, S]``, or attention weights ``[B, Hq, Q, S]``: 4-D is always read as weights, which are summed
+            over the queries and over the group of query heads of each KV head, see :func:`accumulate_scores_`. Any of
+            the four types, rounded to float32 once, and any strides.
         cache_size: tokens to keep per KV head, at least 1, at least 2 with ``include_skipped``.
-        include_skipped: where ``S > cache_size``, keep ``cache_size - 1`` tokens and let the last entry be the sum of all
-            others, keys and values each, with index -1. A float16 sum may overflow to inf.
+        include_skipped: where ``S > cache_size``, keep ``cache_size - 1`` tokens and let the last entry be the sum of
+            all others, keys and values each, with index -1. A float16 sum may overflow to inf.
 
     Returns:
-        keys ``[B, H, K, D]``, values ``[B, H, K, D]`` and their indices ``[B, H, K]`` in int64, ``K = min(S, cache_size)``, in
-        new memory on the device of ``keys``. Nothing waits for the device.
+        keys ``[B, H, K, D]``, values ``[B, H, K, D]`` and their indices ``[B, H, K]`` in int64, with
+        ``K = min(S, cache_size)``, in new memory on the device of ``keys``. Nothing waits for the device.
 
     Raises:
         RuntimeError: for arguments other than these, naming the argument, the rule and what came; and where a gradient
@@ -50,8 +50,8 @@ def truncate(
         >>> torch.ops.fsdc.truncate(keys, keys, scores, 2)[2]
         tensor([[[1, 3]]])
 
-    Source: the selection of H2O (Zhang et al. 2023, section 4). We deviate in that ties are ruled, and that the order does
-    not depend on the device.
+    Source: the selection of H2O (Zhang et al. 2023, section 4). We deviate in that ties are ruled, and that the order
+    does not depend on the device.
     """
     B, H, S, _ = keys.shape
     if scores.dim() == 4:
@@ -84,16 +84,16 @@ def accumulate_scores_(
 ) -> None:
     """Adds the attention weights of new queries to the scores of their KV head, in place.
 
-    ``scores = carry * scores + sum over q of query_weights[q] * (sum over the group of weights[q])``. A query of weight 0 is
-    skipped, so whatever a padded row holds never enters; a score that is not finite stays as it is.
+    ``scores = carry * scores + sum over q of query_weights[q] * (sum over the group of weights[q])``. A query of weight
+    0 is skipped, so whatever a padded row holds never enters; a score that is not finite stays as it is.
 
-    The order of the sum is part of the contract: queries ascending, within a query the heads of the group ascending, in
-    float32, every product and sum rounded.
+    The order of the sum is part of the contract: queries ascending, within a query the heads of the group ascending,
+    in float32, every product and sum rounded.
 
     Args:
         scores: ``[B, H, S]`` in float32, any strides that do not overlap.
-        weights: attention weights ``[B, Hq, Q, S]`` in float32, float16, bfloat16 or float64 (rounded to float32 once), any
-            strides. ``Hq`` is a multiple of ``H``; KV head ``h`` owns the query heads ``h * G`` to ``h * G + G - 1``.
+        weights: attention weights ``[B, Hq, Q, S]`` in float32, float16, bfloat16 or float64 (rounded to float32 once),
+            any strides. ``Hq`` is a multiple of ``H``; KV head ``h`` owns query heads ``h * G`` to ``h * G + G - 1``.
         query_weights: ``[B, Q]`` in float32, what each query counts; all 1 if not given.
         carry: ``[B]`` in float32, what is left of the old scores; all 1 if not given.
 
@@ -136,9 +136,9 @@ def rank(scores: Tensor) -> Tensor:
 def sum_skipped(rows: Tensor, skipped: Tensor) -> Tensor:
     """The sum of the rows ``[B, H, S, D]`` where ``skipped`` ``[B, H, S]`` says so, as ``[B, H, 1, D]``.
 
-    The tokens are cut into 16 runs of equal length; each run is summed in ascending order, then the runs are, in float32
-    (float64 for float64), and the result is rounded to the type of the rows. An order that any number of threads or blocks
-    can keep.
+    The tokens are cut into 16 runs of equal length; each run is summed in ascending order, then the runs are, in
+    float32 (float64 for float64), and the result is rounded to the type of the rows. Any number of threads or blocks
+    can keep this order.
     """
     B, H, S, D = rows.shape
     accumulator = torch.float64 if rows.dtype == torch.float64 else torch.float32

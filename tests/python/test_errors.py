@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every argument rule: the text of the error, the same from the operator and from its fake kernel, and nothing is lost."""
+"""Every argument rule: the text of its error, from the operator and from the fake kernel, and that nothing is lost."""
 
 import re
 
@@ -109,8 +109,7 @@ def test_operator(op, arguments, text, device):
 def test_fake_kernel_says_the_same(op, arguments, text):
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         arguments = {
-            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-            for name, x in on("cpu", arguments).items()
+            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in on("cpu", arguments).items()
         }
         with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
             getattr(torch.ops.fsdc, op)(**arguments)

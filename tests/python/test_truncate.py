@@ -14,9 +14,7 @@ truncate = torch.ops.fsdc.truncate
 
 def check(keys, values, scores, cache_size, include_skipped=False):
     actual = truncate(keys, values, scores, cache_size, include_skipped=include_skipped)
-    expected = reference.truncate(
-        keys.cpu(), values.cpu(), scores.cpu(), cache_size, include_skipped=include_skipped
-    )
+    expected = reference.truncate(keys.cpu(), values.cpu(), scores.cpu(), cache_size, include_skipped=include_skipped)
     assert_all_same_bits([x.cpu() for x in actual], expected)
     return actual
 

@@ -14,8 +14,16 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 }  // namespace
 
 TEST_CASE("keys rise with the rank of the score") {
-  const float ascending[] = {-kInf, -std::numeric_limits<float>::max(),        -1.0f, -1e-45f, 0.0f, 1e-45f,
-                             1.0f,  std::numeric_limits<float>::max(), std::numeric_limits<float>::quiet_NaN(), kInf};
+  const float ascending[] = {-kInf,
+                             -std::numeric_limits<float>::max(),
+                             -1.0f,
+                             -1e-45f,
+                             0.0f,
+                             1e-45f,
+                             1.0f,
+                             std::numeric_limits<float>::max(),
+                             std::numeric_limits<float>::quiet_NaN(),
+                             kInf};
   for (size_t i = 1; i < std::size(ascending); ++i) {
     CAPTURE(i, ascending[i]);
     CHECK(key(ascending[i - 1]) < key(ascending[i]));
@@ -29,9 +37,7 @@ TEST_CASE("zeros of both signs are equal, and so is every NaN") {
   }
 }
 
-TEST_CASE("no score has the key of a missing one, 0") {
-  CHECK(key(-kInf) > 0);
-}
+TEST_CASE("no score has the key of a missing one, 0") { CHECK(key(-kInf) > 0); }
 
 TEST_CASE("keys keep the order of neighbouring floats") {
   for (uint32_t bits = 0; bits < 0x7f800000u; bits += 977) {

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""truncate on the CPU against compositions of torch operators, outputs allocated inside the timing on every side.
+
+python benchmarks/python/bench_truncate.py [--json FILE]
+
+Exits with 1 where a goal is missed: 4x the composition with index_select, 12x the one with an expanded gather.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from harness import time_in_turns, write
+
+B, H, S, D, C = 1, 8, 32768, 128, 1024
+GOALS = {"topk + sort + index_select": 4.0, "topk + sort + gather": 12.0}
+
+
+def best(scores: torch.Tensor) -> torch.Tensor:
+    return scores.topk(C, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def measure(dtype: torch.dtype, rounds: int) -> dict[str, object]:
+    keys, values = (torch.randn(B, H, S, D).to(dtype) for _ in range(2))
+    scores = torch.exp(3 * torch.randn(B, H, S))  # accumulated attention is heavy-tailed
+    first_rows = torch.arange(B * H).view(B, H, 1) * S
+    kept = [x[:, :, :C].contiguous() for x in (keys, values)]
+
+    def ours():
+        return torch.ops.fsdc.truncate(keys, values, scores, C)
+
+    def with_index_select():
+        indices = best(scores)
+        flat = (indices + first_rows).flatten()
+        return *(x.view(-1, D).index_select(0, flat).view(B, H, C, D) for x in (keys, values)), indices
+
+    def with_gather():
+        indices = best(scores)
+        expanded = indices[..., None].expand(B, H, C, D)
+        return keys.gather(2, expanded), values.gather(2, expanded), indices
+
+    def copy():
+        return [x.clone() for x in kept]
+
+    for other in (with_index_select, with_gather):
+        assert all(torch.equal(x, y) for x, y in zip(ours(), other(), strict=True)), "results differ"
+    contenders = {"fsdc.truncate": ours, **dict(zip(GOALS, (with_index_select, with_gather), strict=True))}
+    times = time_in_turns({**contenders, "copy of the kept bytes": copy}, rounds)
+    median = {name: taken["median_us"] for name, taken in times.items()}
+    faster = {name: median[name] / median["fsdc.truncate"] for name in GOALS}
+    return {
+        "times": times,
+        "times_faster_than": faster,
+        "times_a_copy": median["fsdc.truncate"] / median["copy of the kept bytes"],
+        "reached": {name: faster[name] >= goal for name, goal in GOALS.items()},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--rounds", type=int, default=100)
+    arguments = parser.parse_args()
+    cases = {}
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            name = f"{B * H} rows, S={S}, C={C}, D={D}, {str(dtype).removeprefix('torch.')}"
+            case = cases[name] = measure(dtype, arguments.rounds)
+            print(name)
+            for contender, taken in case["times"].items():
+                faster = case["times_faster_than"].get(contender)
+                note = f"  {faster:.1f}x ours (goal {GOALS[contender]:.0f}x)" if faster else ""
+                print(f"  {contender:28} {taken['median_us']:8.0f} us{note}")
+            print(f"  ours takes {case['times_a_copy']:.2f}x the time of the copy")
+    if arguments.json:
+        write(arguments.json, {"cases": cases})
+    return 0 if all(reached for case in cases.values() for reached in case["reached"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

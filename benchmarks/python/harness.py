@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing side by side, and results that say where they come from.
+
+Machines are noisy, so contenders take turns within one process and only their ratios are worth quoting.
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fixed_size_kv_cache
+from fixed_size_kv_cache import _C
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def time_in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds per call of each contender: median, 10th and 90th percentile over `rounds` rounds.
+
+    A result lives until its contender's next turn, so that no allocation is served by what was freed just before.
+    """
+    for contender in contenders.values():
+        contender()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            start = time.perf_counter()
+            result = contender()
+            times[name].append((time.perf_counter() - start) * 1e6)
+            del result
+    return {name: _summary(taken) for name, taken in times.items()}
+
+
+def _summary(taken: list[float]) -> dict[str, float]:
+    tenths = statistics.quantiles(taken, n=10)
+    return {"median_us": statistics.median(taken), "p10_us": tenths[0], "p90_us": tenths[-1]}
+
+
+def machine() -> dict[str, object]:
+    """The block that every result file carries."""
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "cpu_isa": _C.cpu_isa(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fixed_size_kv_cache": fixed_size_kv_cache.__version__,
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return asked.stdout.strip() or "unknown"
+
+
+def write(path: Path, result: dict[str, object]) -> None:
+    path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
+    print(f"wrote {path}")
