@@ -20,21 +20,22 @@ inline void check_accumulate_scores(const Tensor& scores, const Tensor& weights,
   const int64_t batch = scores.size(0), queries = weights.size(2);
   check_weights(op, "weights", weights, batch, scores.size(1), scores.size(2));
   for (int64_t dim = 0; dim < 3; ++dim) {
-    check(scores.size(dim) <= 1 || scores.stride(dim) != 0, op,
-          ": scores must not overlap itself in memory, it is written to; got strides ", to_text(scores.strides()),
-          "; call .clone()");
+    FSDC_CHECK(scores.size(dim) <= 1 || scores.stride(dim) != 0, op,
+               ": scores must not overlap itself in memory, it is written to; got strides ", to_text(scores.strides()),
+               "; call .clone()");
   }
   if (query_weights.has_value()) {
     check_float32(op, "query_weights", *query_weights);
     check_same_device(op, "query_weights", *query_weights, "scores", scores);
-    check(query_weights->dim() == 2 && query_weights->size(0) == batch && query_weights->size(1) == queries, op,
-          ": query_weights must be [B, Q] = [", batch, ", ", queries, "]; got sizes ", to_text(query_weights->sizes()));
+    FSDC_CHECK(query_weights->dim() == 2 && query_weights->size(0) == batch && query_weights->size(1) == queries, op,
+               ": query_weights must be [B, Q] = [", batch, ", ", queries, "]; got sizes ",
+               to_text(query_weights->sizes()));
   }
   if (carry.has_value()) {
     check_float32(op, "carry", *carry);
     check_same_device(op, "carry", *carry, "scores", scores);
-    check(carry->dim() == 1 && carry->size(0) == batch, op, ": carry must be [B] = [", batch, "]; got sizes ",
-          to_text(carry->sizes()));
+    FSDC_CHECK(carry->dim() == 1 && carry->size(0) == batch, op, ": carry must be [B] = [", batch, "]; got sizes ",
+               to_text(carry->sizes()));
   }
 }
 

@@ -19,12 +19,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 template <class... Parts>
-inline void check(bool satisfied, const Parts&... parts) {
-  if (satisfied) return;
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
   throw std::runtime_error(text.str());
 }
+
+// A macro, so that the parts of the text are made only when it is needed.
+#define FSDC_CHECK(satisfied, ...) \
+  if (!(satisfied)) [[unlikely]]   \
+  ::fsdc::fail(__VA_ARGS__)
 
 // [2, 8, 100, 64]
 inline std::string to_text(IntHeaderOnlyArrayRef numbers) {
@@ -86,43 +90,43 @@ inline DType to_dtype(ScalarType type) {
 }
 
 inline void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank, const char* shape) {
-  check(tensor.dim() == rank, op, ": ", name, " must be ", shape, "; got sizes ", to_text(tensor.sizes()));
+  FSDC_CHECK(tensor.dim() == rank, op, ": ", name, " must be ", shape, "; got sizes ", to_text(tensor.sizes()));
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
-  check(is_supported(tensor.scalar_type()), op, ": ", name, " must be float32, float16, bfloat16 or float64; got ",
-        to_text(tensor.scalar_type()));
+  FSDC_CHECK(is_supported(tensor.scalar_type()), op, ": ", name, " must be float32, float16, bfloat16 or float64; got ",
+             to_text(tensor.scalar_type()));
 }
 
 inline void check_float32(const char* op, const char* name, const Tensor& tensor) {
-  check(tensor.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32; got ",
-        to_text(tensor.scalar_type()));
+  FSDC_CHECK(tensor.scalar_type() == ScalarType::Float, op, ": ", name, " must be float32; got ",
+             to_text(tensor.scalar_type()));
 }
 
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const char* other_name,
                               const Tensor& other) {
-  check(device_text(tensor) == device_text(other), op, ": ", name, " must be on the device of ", other_name, ", ",
-        device_text(other), "; got ", device_text(tensor));
+  FSDC_CHECK(device_text(tensor) == device_text(other), op, ": ", name, " must be on the device of ", other_name, ", ",
+             device_text(other), "; got ", device_text(tensor));
 }
 
 inline void check_contiguous_rows(const char* op, const char* name, const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
-  check(tensor.size(last) <= 1 || tensor.stride(last) == 1, op, ": ", name,
-        " must have a contiguous last dimension; got strides ", to_text(tensor.strides()), "; call .contiguous()");
+  FSDC_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, op, ": ", name,
+             " must have a contiguous last dimension; got strides ", to_text(tensor.strides()), "; call .contiguous()");
 }
 
 inline void check_tokens(const char* op, const char* name, int64_t tokens) {
-  check(tokens < int64_t{1} << 31, op, ": ", name, " must have fewer than 2147483648 tokens; got ", tokens);
+  FSDC_CHECK(tokens < int64_t{1} << 31, op, ": ", name, " must have fewer than 2147483648 tokens; got ", tokens);
 }
 
 // Attention weights [B, Hq, Q, S] of the heads of `heads` groups.
 inline void check_weights(const char* op, const char* name, const Tensor& weights, int64_t batch, int64_t heads,
                           int64_t tokens) {
-  check(weights.size(0) == batch && weights.size(3) == tokens, op, ": ", name,
-        " must be [B, Hq, Q, S] with B = ", batch, " and S = ", tokens, "; got sizes ", to_text(weights.sizes()));
+  FSDC_CHECK(weights.size(0) == batch && weights.size(3) == tokens, op, ": ", name,
+             " must be [B, Hq, Q, S] with B = ", batch, " and S = ", tokens, "; got sizes ", to_text(weights.sizes()));
   const int64_t query_heads = weights.size(1);
-  check(heads == 0 ? query_heads == 0 : query_heads > 0 && query_heads % heads == 0, op, ": ", name,
-        " must have a multiple of the ", heads, " KV heads; got ", query_heads, " heads");
+  FSDC_CHECK(heads == 0 ? query_heads == 0 : query_heads > 0 && query_heads % heads == 0, op, ": ", name,
+             " must have a multiple of the ", heads, " KV heads; got ", query_heads, " heads");
 }
 
 }  // namespace fsdc

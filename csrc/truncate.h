@@ -20,31 +20,32 @@ inline void check_truncate(const Tensor& keys, const Tensor& values, const Tenso
   check_rank(op, "keys", keys, 4, "[B, H, S, D]");
   check_floating(op, "keys", keys);
   check_rank(op, "values", values, 4, "[B, H, S, D]");
-  check(values.scalar_type() == keys.scalar_type(), op, ": values must have the type of keys, ",
-        to_text(keys.scalar_type()), "; got ", to_text(values.scalar_type()));
+  FSDC_CHECK(values.scalar_type() == keys.scalar_type(), op, ": values must have the type of keys, ",
+             to_text(keys.scalar_type()), "; got ", to_text(values.scalar_type()));
   check_same_device(op, "values", values, "keys", keys);
   const int64_t batch = keys.size(0), heads = keys.size(1), tokens = keys.size(2);
-  check(values.size(0) == batch && values.size(1) == heads && values.size(2) == tokens, op,
-        ": values must have the batch, heads and tokens of keys, ", to_text(keys.sizes().slice(0, 3)), "; got sizes ",
-        to_text(values.sizes()));
+  FSDC_CHECK(values.size(0) == batch && values.size(1) == heads && values.size(2) == tokens, op,
+             ": values must have the batch, heads and tokens of keys, ", to_text(keys.sizes().slice(0, 3)),
+             "; got sizes ", to_text(values.sizes()));
   check_contiguous_rows(op, "keys", keys);
   check_contiguous_rows(op, "values", values);
   check_tokens(op, "keys", tokens);
 
-  check(scores.dim() == 3 || scores.dim() == 4, op,
-        ": scores must be [B, H, S], or attention weights [B, Hq, Q, S]; got sizes ", to_text(scores.sizes()));
+  FSDC_CHECK(scores.dim() == 3 || scores.dim() == 4, op,
+             ": scores must be [B, H, S], or attention weights [B, Hq, Q, S]; got sizes ", to_text(scores.sizes()));
   check_floating(op, "scores", scores);
   check_same_device(op, "scores", scores, "keys", keys);
   if (scores.dim() == 4) {
     check_weights(op, "scores", scores, batch, heads, tokens);
   } else {
-    check(scores.size(0) == batch && scores.size(1) == heads && scores.size(2) == tokens, op,
-          ": scores must be [B, H, S] = ", to_text(keys.sizes().slice(0, 3)), "; got sizes ", to_text(scores.sizes()));
+    FSDC_CHECK(scores.size(0) == batch && scores.size(1) == heads && scores.size(2) == tokens, op,
+               ": scores must be [B, H, S] = ", to_text(keys.sizes().slice(0, 3)), "; got sizes ",
+               to_text(scores.sizes()));
   }
 
-  check(cache_size >= 1, op, ": cache_size must be at least 1; got ", cache_size);
-  check(cache_size >= 2 || !include_skipped, op, ": cache_size must be at least 2 with include_skipped; got ",
-        cache_size);
+  FSDC_CHECK(cache_size >= 1, op, ": cache_size must be at least 1; got ", cache_size);
+  FSDC_CHECK(cache_size >= 2 || !include_skipped, op, ": cache_size must be at least 2 with include_skipped; got ",
+             cache_size);
 }
 
 // Scores as the kernel wants them: [B, H, S] fp32 with a contiguous last dimension. Attention weights are summed.

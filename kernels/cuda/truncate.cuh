@@ -21,8 +21,8 @@ struct TruncatePlan {
   int value_access;
 };
 
-// Element: what the skipped tokens are summed from; void without such an entry, then only bytes move. Two blocks
-// per multiprocessor, so that one selects while the other copies; the sum wants the registers of both.
+// Element: what the skipped tokens are summed from; void without such an entry, then only bytes move. Two
+// blocks per multiprocessor, so that one selects while the other copies; the sum wants the registers of both.
 template <class Element, int kThreads>
 __global__ void __launch_bounds__(kThreads, std::is_void_v<Element> ? 2 : 1)
     truncate_kernel(const TruncateParams params, const TruncatePlan plan) {

@@ -58,7 +58,7 @@ __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary&
       }
     }
     FSDC_UNROLL
-    for (int item = 0; item < kPack; ++item) sums[segment][place * kPack + item] = sum[item];
+    for (uint32_t item = 0; item < kPack; ++item) sums[segment][place * kPack + item] = sum[item];
     __syncthreads();
 
     const uint32_t item = first_column * kPack + threadIdx.x;  // an element, counted like the columns
