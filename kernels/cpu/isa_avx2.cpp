@@ -11,16 +11,19 @@ namespace fsdc::cpu::avx2 {
 
 inline constexpr const char* kIsa = "avx2";
 
-// Bit i: keys[i] >= threshold, for 64 keys.
-inline uint64_t at_least(const uint32_t* keys, uint32_t threshold) {
-  const __m256i limit = _mm256_set1_epi32(static_cast<int>(threshold));
-  uint64_t mask = 0;
-  for (int i = 0; i < 64; i += 8) {
-    const __m256i key = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys + i));
-    const __m256i hit = _mm256_cmpeq_epi32(_mm256_max_epu32(key, limit), key);
-    mask |= uint64_t(unsigned(_mm256_movemask_ps(_mm256_castsi256_ps(hit)))) << i;
-  }
-  return mask;
+using Keys = uint32_t __attribute__((vector_size(32)));
+
+// Bit i: keys[i] >= threshold.
+inline uint32_t at_least(Keys keys, uint32_t threshold) {
+  const __m256i key = reinterpret_cast<__m256i>(keys);
+  const __m256i larger = _mm256_max_epu32(key, _mm256_set1_epi32(static_cast<int>(threshold)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, key))));
+}
+
+// Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote.
+inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
+  for (; mask != 0; mask &= mask - 1) *out++ = start + static_cast<uint32_t>(std::countr_zero(mask));
+  return out;
 }
 
 #include "kernels/cpu/loops.inc"

@@ -5,20 +5,30 @@
 
 #include "kernels/cpu/loops_includes.h"
 
-FSDC_BEGIN_TARGET("avx2,bmi,avx512f,avx512bw,avx512dq,avx512vl")
+FSDC_BEGIN_TARGET("avx2,bmi,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
 
 namespace fsdc::cpu::avx512 {
 
 inline constexpr const char* kIsa = "avx512";
 
-// Bit i: keys[i] >= threshold, for 64 keys.
-inline uint64_t at_least(const uint32_t* keys, uint32_t threshold) {
-  const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold));
-  uint64_t mask = 0;
-  for (int i = 0; i < 64; i += 16) {
-    mask |= uint64_t{_mm512_cmpge_epu32_mask(_mm512_loadu_si512(keys + i), limit)} << i;
+using Keys = uint32_t __attribute__((vector_size(64)));
+
+// Bit i: keys[i] >= threshold.
+inline uint32_t at_least(Keys keys, uint32_t threshold) {
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(keys), _mm512_set1_epi32(static_cast<int>(threshold)));
+}
+
+// Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote. May write 16 more.
+inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
+  __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(start)),
+                                     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  for (int i = 0; i < 64; i += 16, mask >>= 16) {
+    const __mmask16 sixteen = static_cast<__mmask16>(mask);
+    _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(sixteen, numbers));
+    out += _mm_popcnt_u32(sixteen);
+    numbers = _mm512_add_epi32(numbers, _mm512_set1_epi32(16));
   }
-  return mask;
+  return out;
 }
 
 #include "kernels/cpu/loops.inc"

@@ -4,21 +4,20 @@
 
 namespace fsdc::cpu::portable {
 
-static_assert(std::endian::native == std::endian::little, "at_least packs bytes in little-endian order");
-
 inline constexpr const char* kIsa = "portable";
 
-// Bit i: keys[i] >= threshold, for 64 keys.
-inline uint64_t at_least(const uint32_t* keys, uint32_t threshold) {
-  uint8_t hits[64];
-  for (int i = 0; i < 64; ++i) hits[i] = keys[i] >= threshold;
-  uint64_t mask = 0;
-  for (int i = 0; i < 64; i += 8) {
-    uint64_t eight;  // bytes of 0 or 1, the first lowest; the product gathers them in the top byte
-    std::memcpy(&eight, hits + i, sizeof(eight));
-    mask |= (eight * 0x0102040810204080u >> 56) << i;
-  }
-  return mask;
+using Keys = uint32_t __attribute__((vector_size(16)));
+
+// Bit i: keys[i] >= threshold.
+inline uint32_t at_least(Keys keys, uint32_t threshold) {
+  const Keys bits = reinterpret_cast<Keys>(keys >= threshold) & Keys{1, 2, 4, 8};
+  return (bits[0] | bits[1]) | (bits[2] | bits[3]);
+}
+
+// Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote.
+inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
+  for (; mask != 0; mask &= mask - 1) *out++ = start + static_cast<uint32_t>(std::countr_zero(mask));
+  return out;
 }
 
 #include "kernels/cpu/loops.inc"
