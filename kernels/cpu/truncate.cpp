@@ -24,21 +24,27 @@ void select(const TruncateParams& params, const Parallel& parallel, const Kernel
   });
 }
 
-// One item is one kept token of one row, so that a single row is shared among threads too.
-void gather(const TruncateParams& params, const TokenRows& tokens, const Parallel& parallel,
-            const KernelTable& kernels) {
+// Copies the kept tokens of ranks [first, last) of one row.
+void copy_tokens(const TruncateParams& params, const TokenRows& tokens, int64_t row, int64_t first, int64_t last,
+                 const KernelTable& kernels) {
   const int64_t element = element_size(params.dtype);
   const int64_t row_bytes = tokens.head_dim * element;
-  if (row_bytes == 0) return;
-  parallel.run(params.rows() * params.kept, grain_for(row_bytes), [&](int64_t begin, int64_t end) {
+  const int64_t offset = row / params.heads * tokens.batch_stride + row % params.heads * tokens.head_stride;
+  kernels.copy_rows(static_cast<const char*>(tokens.source) + offset * element, tokens.token_stride * element,
+                    row_bytes, params.indices + row * params.entries(), first, last,
+                    static_cast<char*>(tokens.out) + row * params.entries() * row_bytes);
+}
+
+// One item is one kept token of one row, so that a single row is shared among threads too.
+void gather(const TruncateParams& params, const Parallel& parallel, const KernelTable& kernels) {
+  const int64_t token_bytes = (params.keys.head_dim + params.values.head_dim) * element_size(params.dtype);
+  parallel.run(params.rows() * params.kept, grain_for(token_bytes), [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t row = begin / params.kept;
       const int64_t first = begin % params.kept;
       const int64_t last = std::min(params.kept, first + (end - begin));
-      const int64_t offset = row / params.heads * tokens.batch_stride + row % params.heads * tokens.head_stride;
-      kernels.copy_rows(static_cast<const char*>(tokens.source) + offset * element, tokens.token_stride * element,
-                        row_bytes, params.indices + row * params.entries(), first, last,
-                        static_cast<char*>(tokens.out) + row * params.entries() * row_bytes);
+      copy_tokens(params, params.keys, row, first, last, kernels);
+      copy_tokens(params, params.values, row, first, last, kernels);
       begin += last - first;
     }
   });
@@ -68,9 +74,10 @@ void sum_skipped(const TruncateParams& params, const TokenRows& tokens, const Pa
 void truncate(const TruncateParams& params, const Parallel& parallel, const KernelTable& kernels) {
   if (params.rows() == 0 || params.entries() == 0) return;
   select(params, parallel, kernels);
-  for (const TokenRows* tokens : {&params.keys, &params.values}) {
-    gather(params, *tokens, parallel, kernels);
-    if (params.has_skipped) sum_skipped(params, *tokens, parallel, kernels);
+  gather(params, parallel, kernels);
+  if (params.has_skipped) {
+    sum_skipped(params, params.keys, parallel, kernels);
+    sum_skipped(params, params.values, parallel, kernels);
   }
 }
 

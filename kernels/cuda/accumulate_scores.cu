@@ -14,7 +14,6 @@
 //         many queries leave multiprocessors idle
 // Tested  on the CPU by a SIMT runtime with address and race checks. Not yet run or timed on a GPU
 #include "accumulate_scores.cuh"
-
 #include "launch.h"
 
 namespace fsdc::cuda {

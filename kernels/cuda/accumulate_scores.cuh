@@ -13,9 +13,7 @@ namespace fsdc::cuda {
 constexpr int kTokensPerThread = 4;  // times this many heads: the loads of one thread in flight
 constexpr int kHeadsAhead = 4;
 
-__device__ inline bool is_finite(float value) {
-  return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
-}
+__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
 template <class Element, int kThreads>
 __global__ void __launch_bounds__(kThreads)
@@ -37,8 +35,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   // [G, Q, S] of this KV head
-  const Element* const weights = static_cast<const Element*>(params.weights) +
-                                 batch * params.weight_batch_stride +
+  const Element* const weights = static_cast<const Element*>(params.weights) + batch * params.weight_batch_stride +
                                  head * params.group * params.weight_head_stride;
   for (int64_t query = 0; query < params.queries; ++query) {
     float query_weight = 1;

@@ -22,7 +22,7 @@ using SharedType = T;  // lets the macro declare arrays: FSDC_SHARED(sums, float
 }
 
 #define FSDC_UNROLL _Pragma("unroll")
-#define FSDC_SHARED(name, ...) __shared__ ::fsdc::cuda::SharedType<__VA_ARGS__> name
+#define FSDC_SHARED(name, ...) __shared__::fsdc::cuda::SharedType<__VA_ARGS__> name
 #define FSDC_DYNAMIC_SHARED(name, T)                                    \
   extern __shared__ __align__(128) unsigned char fsdc_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(fsdc_dynamic_shared)
@@ -30,8 +30,8 @@ using SharedType = T;  // lets the macro declare arrays: FSDC_SHARED(sums, float
 namespace fsdc::cuda {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t stream, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -58,8 +58,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 namespace fsdc::cuda {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                   cudaStream_t, const Arguments&... arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   const Arguments&... arguments) {
   ::simt::launch(kernel, grid, block, shared_bytes, arguments...);
   return cudaSuccess;
 }

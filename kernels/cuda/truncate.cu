@@ -18,9 +18,8 @@
 // Limits  S < 2^32, D below 2 GiB, 2^31 - 1 blocks: else cudaErrorInvalidValue
 // Tested  on the CPU by a SIMT runtime with address and race checks. Not yet run or timed on a GPU: kBlocks,
 //         kShareBytes and the number of loads ahead wait for that
-#include "truncate.cuh"
-
 #include "launch.h"
+#include "truncate.cuh"
 
 namespace fsdc::cuda {
 

@@ -37,8 +37,7 @@ __global__ void __launch_bounds__(kThreads, std::is_void_v<Element> ? 2 : 1)
       params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
   int64_t* const indices = params.indices + row * entries;  // [E]
 
-  const Boundary boundary =
-      select_tokens<kThreads>(scores, params.tokens, params.kept, first_rank, end_rank, indices);
+  const Boundary boundary = select_tokens<kThreads>(scores, params.tokens, params.kept, first_rank, end_rank, indices);
 
   const RowCopy keys = row_of(params.keys, batch, head, row, entries, plan.element_bytes);
   const RowCopy values = row_of(params.values, batch, head, row, entries, plan.element_bytes);
@@ -52,8 +51,7 @@ __global__ void __launch_bounds__(kThreads, std::is_void_v<Element> ? 2 : 1)
       sum_skipped<Element, kPack, kThreads>(scores, params.tokens, boundary, keys, values, params.kept, share,
                                             plan.shares);
     } else {
-      sum_skipped<Element, 1, kThreads>(scores, params.tokens, boundary, keys, values, params.kept, share,
-                                        plan.shares);
+      sum_skipped<Element, 1, kThreads>(scores, params.tokens, boundary, keys, values, params.kept, share, plan.shares);
     }
   }
 }
@@ -87,7 +85,7 @@ cudaError_t launch_truncate_kernel(const TruncateParams& params, cudaStream_t st
   const TruncatePlan plan = plan_truncate(params);
   const int64_t blocks = params.rows() * plan.shares;
   const int64_t token_bytes = std::max(params.keys.head_dim, params.values.head_dim) * plan.element_bytes;
-  const bool fits = blocks <= std::numeric_limits<int32_t>::max() &&           // a grid
+  const bool fits = blocks <= std::numeric_limits<int32_t>::max() &&          // a grid
                     params.tokens <= std::numeric_limits<uint32_t>::max() &&  // a counter
                     token_bytes < int64_t{1} << 31;                           // an offset inside a token
   if (!fits) return cudaErrorInvalidValue;

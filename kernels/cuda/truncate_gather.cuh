@@ -16,8 +16,8 @@ struct RowCopy {
   int64_t token_bytes;  // D elements, below 2^31
 };
 
-__device__ inline RowCopy row_of(const TokenRows& rows, int64_t batch, int64_t head, int64_t row,
-                                 int64_t entries, int64_t element_bytes) {
+__device__ inline RowCopy row_of(const TokenRows& rows, int64_t batch, int64_t head, int64_t row, int64_t entries,
+                                 int64_t element_bytes) {
   const int64_t token_bytes = rows.head_dim * element_bytes;
   const int64_t offset = (batch * rows.batch_stride + head * rows.head_stride) * element_bytes;
   return {static_cast<const char*>(rows.source) + offset, rows.token_stride * element_bytes,
@@ -26,8 +26,7 @@ __device__ inline RowCopy row_of(const TokenRows& rows, int64_t batch, int64_t h
 
 // out[rank] = source[indices[rank]] for the ranks in [first_rank, end_rank).
 template <class Word, int kThreads>
-__device__ void gather_words(const RowCopy& copy, const int64_t* indices, int64_t first_rank,
-                             int64_t end_rank) {
+__device__ void gather_words(const RowCopy& copy, const int64_t* indices, int64_t first_rank, int64_t end_rank) {
   constexpr int kAhead = 4;  // loads of one thread in flight: 32 KB for 512 threads and 16-byte words
   const uint32_t width = static_cast<uint32_t>(copy.token_bytes) / sizeof(Word);
   if (width == 0) return;

@@ -98,8 +98,8 @@ __device__ Threshold find_threshold(const float* scores, int64_t tokens, uint32_
 // indices[rank] = token for the kept tokens with a rank in [first_rank, end_rank), ascending. The whole block
 // sees them on return. A warp holds kItems times 32 tokens in a row, so a ballot gives their order.
 template <int kThreads>
-__device__ Boundary write_indices(const float* scores, int64_t tokens, Threshold threshold,
-                                  int64_t first_rank, int64_t end_rank, int64_t* indices) {
+__device__ Boundary write_indices(const float* scores, int64_t tokens, Threshold threshold, int64_t first_rank,
+                                  int64_t end_rank, int64_t* indices) {
   constexpr int kItems = 8;  // tokens of one thread, 32 apart
   constexpr int kWarpTokens = kWarpThreads * kItems;
   constexpr int kBlockTokens = kThreads * kItems;

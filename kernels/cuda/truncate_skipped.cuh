@@ -11,11 +11,10 @@ namespace fsdc::cuda {
 // Columns, kPack elements wide, are counted through the keys and on through the values; each share takes a
 // run of them. A thread walks one column through one segment, then the segments are added up.
 template <class Element, int kPack, int kThreads>
-__device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary& boundary,
-                            const RowCopy& keys, const RowCopy& values, int64_t entry, uint32_t share,
-                            uint32_t shares) {
+__device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary& boundary, const RowCopy& keys,
+                            const RowCopy& values, int64_t entry, uint32_t share, uint32_t shares) {
   using Sum = Accumulator<Element>;
-  using Word = Access<kPack * static_cast<int>(sizeof(Element))>;
+  using Word = Access<kPack* static_cast<int>(sizeof(Element))>;
   constexpr int kAhead = 8;  // tokens of one thread in flight
   constexpr int kPackBytes = static_cast<int>(sizeof(Word));
   constexpr int kSegments = static_cast<int>(kSumSegments);

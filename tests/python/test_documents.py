@@ -30,3 +30,12 @@ def test_docstring_examples():
 def test_links_lead_somewhere(document):
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text()):
         assert (ROOT / link).exists(), link
+
+
+def test_readme_figures_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks/python")
+    from readme_table import rendered
+
+    readme = (ROOT / "README.md").read_text()
+    assert "us (" in readme
+    assert rendered(readme) == readme
