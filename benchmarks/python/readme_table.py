@@ -29,7 +29,8 @@ def table() -> str:
             cells.append(f"{case['times'][contender]['median_us']:.0f} us{ratio}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     where = f"{machine['processor']}, {machine['threads']} threads, {machine['cpu_isa']}, torch {machine['torch']}"
-    return "\n".join(lines) + f"\n\nMedians of contenders taking turns in one process, outputs allocated anew; {where}.\n"
+    lines += ["", f"Medians of contenders taking turns in one process, outputs allocated anew; {where}.", ""]
+    return "\n".join(lines)
 
 
 def rendered(readme: str) -> str:

@@ -1,29 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that this package knows about versions of transformers."""
+"""The differences between versions of transformers, all of them.
 
-import importlib.metadata
-import re
+From 4.56 on a cache is a list of layers. Up to 4.53 it is two lists of tensors; there our cache brings the layers and the
+methods that go through them itself. (4.54 and 4.55 were in between and are not supported.)
+"""
 
-OLDEST_TRANSFORMERS = "4.48.3"
-TESTED_TRANSFORMERS: tuple[str, ...] = ()  # the versions that our tests run
+from typing import NamedTuple
 
+import torch
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicCache
 
-def transformers_version() -> str | None:
-    """The installed transformers, None where there is none. Does not import it."""
-    try:
-        return importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def transformers_support(version: str | None) -> str:
-    """What we can say of a version of transformers: ``tested``, ``untested``, ``unsupported`` or ``not installed``."""
-    if version is None:
-        return "not installed"
-    if version in TESTED_TRANSFORMERS:
-        return "tested"
-    return "untested" if _release(version) >= _release(OLDEST_TRANSFORMERS) else "unsupported"
+HAS_LAYERS = hasattr(cache_utils, "DynamicLayer")
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))
+class Contents(NamedTuple):
+    """What a layer of a cache of transformers holds."""
+
+    keys: Tensor  # [B, H, S, D]
+    values: Tensor  # [B, H, S, D]
+
+
+if HAS_LAYERS:
+    from transformers.cache_utils import DynamicLayer
+
+    BaseCache = DynamicCache
+
+    def init_cache(cache: Cache, config) -> None:
+        """Runs the base class's ``__init__``; ``cache.layers`` are stock layers afterwards."""
+        DynamicCache.__init__(cache, **({} if config is None else {"config": config}))
+
+    def stock_contents(cache: Cache) -> list[Contents | None]:
+        """What each layer holds, None where it is empty. A layer that is not a plain one is a TypeError."""
+        for layer in cache.layers:
+            if type(layer) is not DynamicLayer:
+                raise TypeError(f"{type(cache).__name__} with layers of type {type(layer).__name__}")
+        return [
+            None if layer.keys is None or layer.keys.numel() == 0 else Contents(layer.keys, layer.values)
+            for layer in cache.layers
+        ]
+
+    def drop_stock_storage(cache: Cache) -> None:
+        """Before the class of a stock cache is changed to ours."""
+
+else:
+
+    class DynamicLayer:  # the part of transformers' class that our layer builds on
+        """A layer of a cache."""
+
+        def __init__(self) -> None:
+            self.keys: Tensor | None = None
+            self.values: Tensor | None = None
+            self.is_initialized = False
+
+    class BaseCache(DynamicCache):
+        """DynamicCache on layers: every public method that would use the two lists of tensors."""
+
+        def get_seq_length(self, layer_idx: int = 0) -> int:
+            return self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else 0
+
+        def get_max_cache_shape(self) -> None:
+            return None
+
+        def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+            if layer_idx >= len(self.layers):
+                return cache_position.shape[0], 0
+            return self.layers[layer_idx].get_mask_sizes(cache_position)
+
+        def reorder_cache(self, beam_idx: Tensor) -> None:
+            for layer in self.layers:
+                layer.reorder_cache(beam_idx)
+
+        def crop(self, max_length: int) -> None:
+            for layer in self.layers:
+                layer.crop(max_length)
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            for layer in self.layers:
+                layer.batch_repeat_interleave(repeats)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            for layer in self.layers:
+                layer.batch_select_indices(indices)
+
+        def reset(self) -> None:
+            for layer in self.layers:
+                layer.reset()
+
+        def __len__(self) -> int:
+            return len(self.layers)
+
+        def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+            return self.key_cache[layer_idx], self.value_cache[layer_idx]
+
+        def __iter__(self):
+            return (self[i] for i in range(len(self)))
+
+        def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
+            return tuple(self)
+
+    def init_cache(cache: Cache, config) -> None:
+        if isinstance(cache, torch.nn.Module):
+            torch.nn.Module.__init__(cache)
+        cache.layers = []
+
+    def stock_contents(cache: Cache) -> list[Contents | None]:
+        pairs = zip(cache.key_cache, cache.value_cache, strict=True)
+        return [Contents(keys, values) if len(keys) > 0 else None for keys, values in pairs]
+
+    def drop_stock_storage(cache: Cache) -> None:
+        del cache.key_cache, cache.value_cache
+
+
+def query_length(of: int | Tensor) -> int:
+    """``get_mask_sizes`` is given the number of new tokens from 5.4 on, before that their ``cache_position``."""
+    return of if isinstance(of, int) else of.shape[0]

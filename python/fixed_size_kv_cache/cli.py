@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import _C, __version__, _compat
+from . import _C, __version__, _versions
 from ._build_info import BUILD
 from ._operators import OPERATORS
 
@@ -39,13 +39,13 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 
 def collect() -> dict[str, str | list[str]]:
     """What ``fsdc info`` shows."""
-    found = _compat.transformers_version()
-    support = _compat.transformers_support(found)
+    found = _versions.transformers_version()
+    support = _versions.transformers_support(found)
     return {
         "fixed_size_kv_cache": __version__,
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built with {BUILD['torch']})",
-        "transformers": support if found is None else f"{found} ({support}; at least {_compat.OLDEST_TRANSFORMERS})",
+        "transformers": support if found is None else f"{found} ({support}; at least {_versions.OLDEST_TRANSFORMERS})",
         "CUDA kernels": f"CUDA {BUILD['cuda']}" if BUILD["cuda"] else f"none: {BUILD['without_cuda_because']}",
         "CUDA architectures": BUILD["cuda_architectures"] or "none",
         "CUDA devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none",

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import fixed_size_kv_cache
-from fixed_size_kv_cache import _C, _compat, _load, _operators, cli
+from fixed_size_kv_cache import _C, _versions, _load, _operators, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,8 +83,8 @@ def test_what_does_not_fit_is_said_in_one_sentence(build, torch_version, torch_c
     ],
 )
 def test_support_of_transformers(version, support, monkeypatch):
-    monkeypatch.setattr(_compat, "TESTED_TRANSFORMERS", ("5.0.0",))
-    assert _compat.transformers_support(version) == support
+    monkeypatch.setattr(_versions, "TESTED_TRANSFORMERS", ("5.0.0",))
+    assert _versions.transformers_support(version) == support
 
 
 def test_info():

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which versions of transformers this package knows. Does not import transformers."""
+
+import importlib.metadata
+import re
+
+OLDEST_TRANSFORMERS = "4.48.3"
+TESTED_TRANSFORMERS: tuple[str, ...] = ()  # the versions that our tests run
+
+
+def transformers_version() -> str | None:
+    """The installed transformers, None where there is none. Does not import it."""
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def transformers_support(version: str | None) -> str:
+    """What we can say of a version of transformers: ``tested``, ``untested``, ``unsupported`` or ``not installed``."""
+    if version is None:
+        return "not installed"
+    if version in TESTED_TRANSFORMERS:
+        return "tested"
+    return "untested" if _release(version) >= _release(OLDEST_TRANSFORMERS) else "unsupported"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache that users hold."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import adoption
+from ._compat import BaseCache, DynamicLayer, init_cache
+from .attention import attend
+from .layer import FixedSizeLayer
+from .masks import new_tokens_valid
+from .settings import SETTING_NAMES, Settings
+
+__all__ = ["FixedSizeDynamicCache"]
+
+
+class FixedSizeDynamicCache(BaseCache):
+    """A ``DynamicCache`` that holds at most ``cache_size`` tokens per layer and KV head.
+
+    Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.score_rule`. ``get_seq_length()`` is the
+    number of tokens seen, not of those held. All arguments are keywords; what is not given comes from the environment
+    (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or from the defaults of
+    :class:`fixed_size_kv_cache.settings.Settings`, which documents every one of them.
+
+    Args:
+        config: the model's config. Layers with a sliding window keep transformers' own cache.
+        **settings: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``value_weight``, ``redundancy``,
+            ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
+
+    Raises:
+        TypeError: for positional or unknown arguments.
+        ValueError: for settings out of range, and for environment variables that cannot be read.
+
+    Example:
+        >>> cache = FixedSizeDynamicCache(cache_size=16)
+        >>> keys, values = cache.update(torch.ones(1, 2, 20, 4), torch.ones(1, 2, 20, 4), layer_idx=0)
+        >>> weights = torch.rand(1, 4, 20, 20).tril()  # what your attention computed over these keys
+        >>> keys, values = cache.cache_truncate(0, torch.ones(1, 4, 20, 4), keys, weights)
+        >>> keys.shape, cache.get_seq_length()
+        (torch.Size([1, 2, 16, 4]), 20)
+    """
+
+    def __init__(self, *args: Any, config: Any = None, **settings: Any) -> None:
+        if args:
+            raise TypeError(
+                "FixedSizeDynamicCache takes keyword arguments only: "
+                "FixedSizeDynamicCache(config=model.config, cache_size=1024)"
+            )
+        if unknown := sorted(settings.keys() - set(SETTING_NAMES)):
+            raise TypeError(f"FixedSizeDynamicCache takes {', '.join(SETTING_NAMES)}; got {', '.join(unknown)}")
+        made = Settings(**settings)
+        init_cache(self, config)
+        self.settings = made
+        self.layers = [FixedSizeLayer(made) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layer_class_to_replicate = None  # we append layers ourselves
+        self.expected_layers = len(self.layers) or None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Stages new tokens ``[B, H, Q, D]`` of a layer; returns all keys and values ``[B, H, T + Q, D]`` that they see.
+
+        After attention over these, :meth:`cache_truncate` must follow. Padding is not stored.
+
+        Raises:
+            RuntimeError: if a gradient would be needed, or nobody has reported the attention of the step before.
+        """
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            raise RuntimeError(
+                "FixedSizeDynamicCache: keys and values must not require gradients, there is no backward; "
+                "call the model under torch.no_grad() or torch.inference_mode()"
+            )
+        while len(self.layers) <= layer_idx:
+            self.layers.append(FixedSizeLayer(self.settings))
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    @classmethod
+    def from_legacy_cache(cls, cache: Any = None, layer_idx: int | None = None) -> "FixedSizeDynamicCache":
+        """Makes a cache of this class out of what transformers handed over.
+
+        Args:
+            cache: None for an empty cache; one of ours, which is returned as it is; a stock ``DynamicCache``, which is
+                changed in place if it is empty, or if only layer ``layer_idx`` holds tokens, those of this step; or the
+                old tuple of ``(keys, values)`` per layer, whose tokens enter with score 0 and are cut at once.
+            layer_idx: the layer that is being computed.
+
+        Raises:
+            TypeError: for any other cache, naming its class and the remedy.
+            ValueError: for a stock cache that already holds tokens of earlier steps.
+        """
+        return adoption.from_legacy_cache(cls, cache, layer_idx)
+
+    @torch.no_grad()
+    def cache_truncate(
+        self,
+        layer_idx: int,
+        query_states: Tensor,
+        key_states: Tensor,
+        attn_weights: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Ends the step of a layer: adds its attention to the scores and evicts down to ``cache_size``.
+
+        Args:
+            layer_idx: the layer.
+            query_states: ``[B, Hq, Q, D]`` of this step.
+            key_states: the keys that ``update`` returned, ``[B, H, T + Q, D]``, or repeated for each query head.
+            attn_weights: the attention over them, ``[B, Hq, Q, T + Q]``; computed from queries and keys if not given.
+            attention_mask: the model's mask. Padding is understood by our own ``forward`` only.
+
+        Returns:
+            The keys and values that are held, ``[B, H, min(S, cache_size), D]``: views, valid until the next step.
+
+        Raises:
+            ValueError: where the weights do not have the columns of ``update``, and where the mask shows padding.
+            RuntimeError: where ``update`` was not called.
+        """
+        layer = self._own_layer(layer_idx)
+        stage = layer._stage("cache_truncate")
+        B, columns = stage.all_keys.shape[0], stage.all_keys.shape[2]
+        if query_states.shape[0] != B or query_states.shape[2] != stage.queries:
+            raise ValueError(
+                f"cache_truncate: query_states must be [B, Hq, Q, D] with B = {B} and Q = {stage.queries}, the tokens of "
+                f"this step; got sizes {list(query_states.shape)}"
+            )
+        if key_states.shape[2] != columns:
+            raise ValueError(
+                f"cache_truncate: key_states must have the {columns} columns that update() returned; "
+                f"got sizes {list(key_states.shape)}"
+            )
+        if not stage.is_valid_known:
+            valid = new_tokens_valid(attention_mask, stage.queries, layer.columns)
+            if valid is not None and not valid.all():
+                raise ValueError(
+                    "cache_truncate: attention_mask shows padding, which only the forward of "
+                    "fixed_size_kv_cache.llama_attention understands; use it, or pass one text at a time"
+                )
+        if attn_weights is None:
+            scaling = query_states.shape[-1] ** -0.5
+            attn_weights = attend(query_states, stage.all_keys, stage.all_values, layer.visible(), scaling)[1]
+        if attn_weights.shape[:2] != query_states.shape[:2]:
+            raise ValueError(
+                f"cache_truncate: attn_weights must be [B, Hq, Q, columns] with B, Hq = "
+                f"{list(query_states.shape[:2])}; got sizes {list(attn_weights.shape)}"
+            )
+        layer.fold(attn_weights)
+        layer.last_returned = layer.held()
+        self._free_memory(layer_idx, stage.queries)
+        return layer.last_returned
+
+    @property
+    def key_cache(self) -> "HeldTensors":
+        """The keys held, a sequence over the layers; the last entry is the sum of the evicted ones, if kept."""
+        return HeldTensors(self, 0)
+
+    @property
+    def value_cache(self) -> "HeldTensors":
+        """The values held, as :attr:`key_cache`."""
+        return HeldTensors(self, 1)
+
+    def __repr__(self) -> str:
+        seen = self.get_seq_length() if self.layers else 0
+        held = min(seen, self.settings.cache_size)
+        return f"{type(self).__name__}({held} of {seen} tokens held, cache_size={self.settings.cache_size})"
+
+    def _own_layer(self, layer_idx: int) -> FixedSizeLayer:
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if not isinstance(layer, FixedSizeLayer):
+            raise RuntimeError(f"layer {layer_idx} must be filled by update() first; got {type(layer).__name__}")
+        return layer
+
+    def _free_memory(self, layer_idx: int, queries: int) -> None:
+        """Once per forward, after the last layer's compaction, never in a decode step or while a graph is captured."""
+        if not self.settings.free_memory or queries == 1 or layer_idx + 1 != self.expected_layers:
+            return
+        if self.layers[layer_idx].device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.empty_cache()
+
+
+class HeldTensors(Sequence):
+    """``cache.key_cache`` or ``cache.value_cache``. What ``cache_truncate`` returned may be assigned, nothing else."""
+
+    def __init__(self, cache: FixedSizeDynamicCache, which: int) -> None:
+        self._cache = cache
+        self._which = which
+
+    def __len__(self) -> int:
+        return len(self._cache.layers)
+
+    def __getitem__(self, layer_idx: int) -> Tensor:
+        layer = self._cache.layers[layer_idx]
+        if not isinstance(layer, FixedSizeLayer):
+            return (layer.keys, layer.values)[self._which]
+        if not layer.is_dense:
+            raise RuntimeError("key_cache and value_cache cannot show a batch with padding: its slots have holes")
+        return layer.held()[self._which]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __setitem__(self, layer_idx: int, tensor: Tensor) -> None:
+        returned = self._cache._own_layer(layer_idx).last_returned
+        if returned is None or tensor is not returned[self._which]:
+            raise ValueError(
+                "key_cache and value_cache accept only what cache_truncate() last returned for this layer; the cache "
+                "writes its slots itself"
+            )

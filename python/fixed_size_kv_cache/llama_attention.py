@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``forward`` for ``LlamaAttention`` that keeps the cache at its size.
+
+    LlamaAttention.forward = forward
+
+It attends to what the cache holds, reports its weights to the cache, and lets it evict. The attention implementation that
+the config names is not used, so the line that sets "eager" is not needed any more.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+from .dynamic_cache import FixedSizeDynamicCache
+
+_stock_forward = LlamaAttention.forward
+
+
+def forward(
+    self: LlamaAttention,
+    hidden_states: Tensor,  # [B, Q, hidden]
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    cache_position: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one LLaMA layer over a cache of fixed size.
+
+    Takes the arguments of every supported version of transformers (the cache was called ``past_key_value`` before 4.56) and
+    returns what all of them expect: the output ``[B, Q, hidden]`` and the attention weights ``[B, Hq, Q, columns]`` over
+    what the cache held in this step. A stock ``DynamicCache`` becomes one of ours. Without a cache it is the stock forward.
+    """
+    cache = past_key_values if past_key_values is not None else kwargs.pop("past_key_value", None)
+    if cache is None:
+        kwargs = {"cache_position": cache_position, **kwargs} if cache_position is not None else kwargs
+        return _stock_forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
+    if self.training and self.attention_dropout > 0:
+        raise RuntimeError("LlamaAttention: there is no dropout with a cache of fixed size; call model.eval()")
+
+    B, Q, _ = hidden_states.shape
+    query_states, key_states, value_states = (
+        project(hidden_states).view(B, Q, -1, self.head_dim).transpose(1, 2)
+        for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
+
+    cache = FixedSizeDynamicCache.from_legacy_cache(cache, self.layer_idx)
+    cache.expected_layers = self.config.num_hidden_layers
+    key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
+    attn_output, attn_weights = cache.layers[self.layer_idx].attend(query_states, attention_mask, self.scaling)
+    attn_output = self.o_proj(attn_output.transpose(1, 2).reshape(B, Q, -1))
+
+    cache.cache_truncate(self.layer_idx, query_states, key_states, attn_weights, attention_mask)
+    return attn_output, attn_weights.to(query_states.dtype)

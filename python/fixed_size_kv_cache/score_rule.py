@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which token goes: the eviction score ``e = s * w * (1 - rho * r)`` and its order.
+
+``s`` is the decayed sum of the attention that a token received, ``w`` the norm of its value, and ``r`` the largest cosine
+between its key and any newer key seen since. The least goes; from first to last: empty slots, finite scores, NaN,
+protected tokens; of equal ones the older. ``docs/eviction.md`` says where the rule comes from.
+"""
+
+import torch
+from torch import Tensor
+
+from .reference import rank
+from .settings import Settings
+
+COSINE_BLOCK = 256  # new keys compared at a time, so that no [S, S] matrix is made
+
+
+def query_weights(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """What each query of a call counts and what is left of the old scores.
+
+    A padded query neither votes nor decays, so a chunk scores as its tokens one by one would.
+
+    Args:
+        valid: bool ``[B, Q]``, False for padding.
+        decay: gamma.
+
+    Returns:
+        query weights ``[B, Q]`` (``gamma`` to the number of valid queries that follow, 0 for padding) and carry ``[B]``
+        (``gamma`` to the number of valid queries), both float32, for ``torch.ops.fsdc.accumulate_scores_``.
+    """
+    up_to = valid.cumsum(-1)
+    total = up_to[:, -1:]
+    gamma = torch.tensor(decay, dtype=torch.float32, device=valid.device)
+    weights = torch.where(valid, gamma ** (total - up_to), 0.0)
+    return weights, gamma ** total[:, 0]
+
+
+def eviction_scores(
+    scores: Tensor,  # [B, H, S]
+    positions: Tensor,  # [B, H, S]
+    value_weights: Tensor,  # [B, H, S]
+    redundancy: Tensor,  # [B, H, S]
+    seen: Tensor,  # [B]
+    settings: Settings,
+) -> Tensor:
+    """The eviction score ``[B, H, S]`` in float32: -inf for empty slots, +inf for protected tokens."""
+    if settings.policy == "streaming":
+        free = torch.zeros_like(scores)  # all tie, so the oldest goes
+    elif settings.policy == "random":
+        free = _hash(positions)
+    else:
+        weight = value_weights if settings.value_weight else 1.0
+        free = scores * weight * (1.0 - settings.redundancy * redundancy)
+        free = torch.where(scores.isfinite(), free, scores)
+    first_recent = (seen - settings.recent_tokens)[:, None, None]
+    protected = (positions < settings.sink_tokens) | (positions >= first_recent)
+    free = torch.where(protected, float("inf"), free)
+    return torch.where(positions < 0, float("-inf"), free)
+
+
+def least(eviction: Tensor, positions: Tensor) -> Tensor:
+    """The slot that goes first, ``[B, H, 1]`` in int64."""
+    order = rank(eviction) * (1 << 32) + positions  # of equal scores the smaller position
+    return order.argmin(-1, keepdim=True)
+
+
+def raise_redundancy(
+    redundancy: Tensor,  # [B, H, S], in place
+    keys: Tensor,  # [B, H, S, D]
+    positions: Tensor,  # [B, H, S]
+    new_keys: Tensor,  # [B, H, Q, D]
+    new_positions: Tensor,  # [B, Q]
+) -> None:
+    """Raises each token's redundancy to its largest cosine with a newer one of the new keys. Pads change nothing."""
+    own = torch.nn.functional.normalize(keys.float(), dim=-1)
+    new = torch.nn.functional.normalize(new_keys.float(), dim=-1)
+    for start in range(0, new.shape[2], COSINE_BLOCK):
+        block = slice(start, start + COSINE_BLOCK)
+        cosine = own @ new[:, :, block].mT  # [B, H, S, block]
+        newer = new_positions[:, None, None, block] > positions[..., None]
+        largest = torch.where(newer, cosine, 0.0).amax(-1)
+        torch.maximum(redundancy, largest, out=redundancy)
+
+
+def _hash(positions: Tensor) -> Tensor:
+    """A number in [0, 1) for each position and KV head, the same every time."""
+    heads = torch.arange(positions.shape[1], device=positions.device)[None, :, None]
+    mixed = (positions.long() + 1) * 0x9E3779B1 + heads * 0x85EBCA77
+    for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+    return ((mixed ^ (mixed >> 15)) >> 8).float() / (1 << 24)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache is told when it is made: its size, its rule, and the three environment variables."""
+
+import os
+from dataclasses import dataclass, fields
+
+POLICIES = ("attention", "streaming", "random")
+SKIPPED_MODES = ("mean", "sum")
+
+CACHE_SIZE = "FSDC_KV_CACHE_SIZE"
+INCLUDE_SKIPPED = "FSDC_INCLUDE_SKIPPED"
+FREE_MEMORY = "FSDC_FREE_MEMORY"
+
+_TRUE = {"true", "1", "yes", "on"}
+_FALSE = {"false", "0", "no", "off"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Size and eviction rule of a cache. What is left ``None`` is chosen when the object is made, see ``resolve``.
+
+    Args:
+        cache_size: tokens per layer and KV head, at least 1. With ``include_skipped`` one of them is the entry of the
+            skipped tokens, so at least 2.
+        sink_tokens: the first tokens of each row, never evicted. Default ``min(4, N // 4)`` of the ``N`` token slots.
+        recent_tokens: the last tokens of each row, never evicted. Default ``min(N // 2, N - sink_tokens)``.
+        score_decay: gamma in (0, 1], what is left of a score after each query. Default ``1 - 2 / max(cache_size, 4)``.
+        value_weight: weigh a score with the norm of the token's value.
+        redundancy: rho in [0, 1], how much a token loses when a newer key points the same way.
+        include_skipped: keep the sum of all evicted tokens as one more entry.
+        skipped_mode: ``mean``: the entry counts as its n tokens, with their mean key and value and ``log n`` added to the
+            logit. ``sum``: the literal sum is the key and the value, as the original had it; that hurts quality.
+        free_memory: give unused memory of the CUDA allocator back after the compaction of a prompt or chunk.
+        policy: ``attention``, or the baselines ``streaming`` (sinks and the last tokens) and ``random``.
+    """
+
+    cache_size: int | None = None
+    sink_tokens: int | None = None
+    recent_tokens: int | None = None
+    score_decay: float | None = None
+    value_weight: bool = True
+    redundancy: float = 0.9
+    include_skipped: bool | None = None
+    skipped_mode: str = "mean"
+    free_memory: bool | None = None
+    policy: str = "attention"
+
+    def __post_init__(self) -> None:
+        def choose(name: str, value) -> None:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value() if callable(value) else value)
+
+        choose("include_skipped", lambda: read_bool(INCLUDE_SKIPPED, False))
+        choose("free_memory", lambda: read_bool(FREE_MEMORY, False))
+        choose("cache_size", lambda: read_size(CACHE_SIZE, 1024))
+        _check_int("cache_size", self.cache_size, 2 if self.include_skipped else 1)
+        choose("sink_tokens", min(4, self.slots // 4))
+        _check_int("sink_tokens", self.sink_tokens, 0)
+        choose("recent_tokens", max(0, min(self.slots // 2, self.slots - self.sink_tokens)))
+        _check_int("recent_tokens", self.recent_tokens, 0)
+        choose("score_decay", 1 - 2 / max(self.cache_size, 4))
+        self._check_rest()
+
+    @property
+    def slots(self) -> int:
+        """Tokens that are held, N: ``cache_size``, less the entry of the skipped ones."""
+        return self.cache_size - 1 if self.include_skipped else self.cache_size
+
+    def _check_rest(self) -> None:
+        if self.sink_tokens + self.recent_tokens > self.slots:
+            raise ValueError(
+                f"sink_tokens + recent_tokens must be at most the {self.slots} tokens that are held; "
+                f"got {self.sink_tokens} + {self.recent_tokens}"
+            )
+        if not 0 < self.score_decay <= 1:
+            raise ValueError(f"score_decay must be above 0 and at most 1; got {self.score_decay}")
+        if not 0 <= self.redundancy <= 1:
+            raise ValueError(f"redundancy must be from 0 to 1; got {self.redundancy}")
+        if self.skipped_mode not in SKIPPED_MODES:
+            raise ValueError(f"skipped_mode must be one of {', '.join(SKIPPED_MODES)}; got {self.skipped_mode!r}")
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}; got {self.policy!r}")
+
+
+SETTING_NAMES = tuple(field.name for field in fields(Settings))
+
+
+def read_size(name: str, default: int) -> int:
+    """A positive whole number from the environment."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not (text.strip().isascii() and text.strip().isdigit() and int(text) >= 1):
+        raise ValueError(f"{name} must be a whole number of at least 1; got {text!r}")
+    return int(text)
+
+
+def read_bool(name: str, default: bool) -> bool:
+    """True or False from the environment, in any of the usual spellings."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    word = text.strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise ValueError(f"{name} must be true, false, 1, 0, yes, no, on or off; got {text!r}")
+    return word in _TRUE
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
