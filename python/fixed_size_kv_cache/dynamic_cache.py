@@ -194,7 +194,7 @@ class HeldTensors(Sequence):
         layer = self._cache.layers[layer_idx]
         if not isinstance(layer, FixedSizeLayer):
             return (layer.keys, layer.values)[self._which]
-        if not layer.is_dense:
+        if layer.has_holes():
             raise RuntimeError("key_cache and value_cache cannot show a batch with padding: its slots have holes")
         return layer.held()[self._which]
 

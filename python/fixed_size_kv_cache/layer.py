@@ -59,7 +59,7 @@ class FixedSizeLayer(DynamicLayer):
         self.settings = settings or Settings()
         self.columns = 0  # S: tokens seen, padding included
         self.is_ordered = True  # slots are in token order
-        self.is_dense = True  # no padding was ever seen: every slot in use holds a token
+        self.may_have_holes = False  # a mask came, so some slots in use may be empty for want of a token
         self.staged: Stage | None = None
         self.last_returned: tuple[Tensor, Tensor] | None = None
 
@@ -146,7 +146,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers."""
-        self.columns, self.is_ordered, self.is_dense = 0, True, True
+        self.columns, self.is_ordered, self.may_have_holes = 0, True, False
         self.staged = self.last_returned = None
         if not self.is_initialized:
             return
@@ -204,8 +204,7 @@ class FixedSizeLayer(DynamicLayer):
         """Which of the ``T + Q`` columns each new query sees, bool broadcast to ``[B, H, Q, T + Q]``; None: all."""
         stage, T = self._stage("visible"), self.held_slots
         Q = stage.queries
-        has_holes = not self.is_dense
-        if stage.valid is None and not has_holes and Q == 1:
+        if stage.valid is None and not self.may_have_holes and Q == 1:
             return None
         causal = torch.ones(Q, Q, dtype=torch.bool, device=self.device).tril()[None, None]  # [1, 1, Q, Q]
         old = (self.positions[:, :, None, :T] >= 0).expand(-1, -1, Q, -1)  # [B, H, Q, T]
@@ -228,7 +227,7 @@ class FixedSizeLayer(DynamicLayer):
                 f"update() returned them; got sizes {list(weights.shape)}"
             )
         if stage.valid is not None:
-            self.is_dense = False
+            self.may_have_holes = True
         valid = torch.ones(B, Q, dtype=torch.bool, device=self.device) if stage.valid is None else stage.valid
         positions = self.seen[:, None] + valid.cumsum(-1, dtype=torch.int32) - 1
         positions = torch.where(valid, positions, -1)  # [B, Q]
@@ -307,6 +306,10 @@ class FixedSizeLayer(DynamicLayer):
             torch.cat([keys, self.skipped_keys[:, :, None].to(keys.dtype)], dim=2),
             torch.cat([values, self.skipped_values[:, :, None].to(values.dtype)], dim=2),
         )
+
+    def has_holes(self) -> bool:
+        """Whether padding left slots in use empty. Waits for the device."""
+        return self.may_have_holes and bool((self.positions[:, :, : self.held_slots] < 0).any())
 
     def load(self, keys: Tensor, values: Tensor) -> None:
         """Takes tokens ``[B, H, S, D]`` over from another cache: score 0, positions from 0 on, cut at once if too many."""
