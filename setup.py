@@ -44,6 +44,8 @@ def nvcc_release(home):
 def cuda_release(torch, home):
     """(release of the nvcc to build with, None), or (None, why the build is without CUDA)."""
     forced = os.environ.get("FORCE_CUDA", "")
+    if forced not in ("", "0", "1"):
+        raise SystemExit(f"{PACKAGE}: FORCE_CUDA must be 0 or 1; got {forced!r}.")
     nvcc = nvcc_release(home)
     wanted = (torch.version.cuda or "").split(".")[0]
     if forced == "0":
@@ -66,9 +68,12 @@ def architectures(torch):
     """'8.0;9.0+PTX': what to compile for; BuildExtension reads it from the environment."""
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         here = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
-        native = ";".join(f"{major}.{minor}" for major, minor in sorted(here))
+        native = ";".join(f"{major}.{minor}" for major, minor in sorted(here) if major >= 8)
         os.environ["TORCH_CUDA_ARCH_LIST"] = f"{native}+PTX" if native else ARCHITECTURES
-    return os.environ["TORCH_CUDA_ARCH_LIST"]
+    chosen = os.environ["TORCH_CUDA_ARCH_LIST"]
+    if old := [arch for arch in re.findall(r"\d+\.\d+", chosen) if float(arch) < 8]:
+        raise SystemExit(f"{PACKAGE}: the kernels need sm_80 or newer; TORCH_CUDA_ARCH_LIST names {', '.join(old)}.")
+    return chosen
 
 
 def extension():

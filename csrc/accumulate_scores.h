@@ -20,7 +20,7 @@ inline void check_accumulate_scores(const Tensor& scores, const Tensor& weights,
   const int64_t batch = scores.size(0), queries = weights.size(2);
   check_weights(op, "weights", weights, batch, scores.size(1), scores.size(2));
   for (int64_t dim = 0; dim < 3; ++dim) {
-    FSDC_CHECK(scores.size(dim) <= 1 || scores.stride(dim) != 0, op,
+    FSDC_CHECK(scores.numel() == 0 || scores.size(dim) <= 1 || scores.stride(dim) != 0, op,
                ": scores must not overlap itself in memory, it is written to; got strides ", to_text(scores.strides()),
                "; call .clone()");
   }

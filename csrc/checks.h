@@ -27,8 +27,9 @@ template <class... Parts>
 
 // A macro, so that the parts of the text are made only when it is needed.
 #define FSDC_CHECK(satisfied, ...) \
-  if (!(satisfied)) [[unlikely]]   \
-  ::fsdc::fail(__VA_ARGS__)
+  if (satisfied) [[likely]] {      \
+  } else                           \
+    ::fsdc::fail(__VA_ARGS__)
 
 // [2, 8, 100, 64]
 inline std::string to_text(IntHeaderOnlyArrayRef numbers) {
@@ -58,8 +59,30 @@ inline std::string to_text(ScalarType type) {
       return "int8";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::UInt16:
+      return "uint16";
+    case ScalarType::UInt32:
+      return "uint32";
+    case ScalarType::UInt64:
+      return "uint64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e4m3fnuz:
+      return "float8_e4m3fnuz";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
+    case ScalarType::Float8_e5m2fnuz:
+      return "float8_e5m2fnuz";
+    case ScalarType::Float8_e8m0fnu:
+      return "float8_e8m0fnu";
     default:
       return torch::headeronly::toString(type);
   }

@@ -5,7 +5,8 @@
 // Skipped with `has_skipped` one more entry follows: the sum of the tokens that were not kept, and index -1. The
 //         tokens are cut into kSumSegments runs of ceil(S / kSumSegments); each run is summed in ascending order,
 //         then the runs' sums are added in ascending order, all starting from +0, in fp32 (fp64 for fp64), rounded
-//         once to the element type. So every implementation, however it splits the work, gives the same bits.
+//         once to the element type. So every implementation, however it splits the work, gives the same bits (of a NaN
+//         only that it is one: its payload is the hardware's).
 #pragma once
 
 #include "types.h"

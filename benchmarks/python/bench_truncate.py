@@ -7,6 +7,7 @@ Exits with 1 where a goal is missed: 4x the composition with index_select, 12x t
 """
 
 import argparse
+import mmap
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from harness import keep_freed_memory, time_in_turns, write
 
 B, H, S, D, C = 1, 8, 32768, 128, 1024
 GOALS = {"topk + sort + index_select": 4.0, "topk + sort + gather": 12.0}
+COPY, FRESH_COPY = "copy of the kept bytes", "copy into fresh memory"
 
 
 def best(scores: torch.Tensor) -> torch.Tensor:
@@ -43,16 +45,21 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, object]:
     def copy():
         return [x.clone() for x in kept]
 
+    def copy_into_fresh_memory():  # that the kernel has yet to hand out, page by page
+        fresh = [torch.frombuffer(mmap.mmap(-1, x.nbytes), dtype=dtype).view(x.shape) for x in kept]
+        return [to.copy_(x) for to, x in zip(fresh, kept, strict=True)]
+
     for other in (with_index_select, with_gather):
         assert all(torch.equal(x, y) for x, y in zip(ours(), other(), strict=True)), "results differ"
     contenders = {"fsdc.truncate": ours, **dict(zip(GOALS, (with_index_select, with_gather), strict=True))}
-    times = time_in_turns({**contenders, "copy of the kept bytes": copy}, rounds)
+    times = time_in_turns({**contenders, COPY: copy, FRESH_COPY: copy_into_fresh_memory}, rounds)
     median = {name: taken["median_us"] for name, taken in times.items()}
     faster = {name: median[name] / median["fsdc.truncate"] for name in GOALS}
     return {
         "times": times,
         "times_faster_than": faster,
-        "times_a_copy": median["fsdc.truncate"] / median["copy of the kept bytes"],
+        "times_a_copy": median["fsdc.truncate"] / median[COPY],
+        "times_a_copy_into_fresh_memory": median["fsdc.truncate"] / median[FRESH_COPY],
         "reached": {name: faster[name] >= goal for name, goal in GOALS.items()},
     }
 
@@ -74,7 +81,8 @@ def main() -> int:
                 faster = case["times_faster_than"].get(contender)
                 note = f"  {faster:.1f}x ours (goal {GOALS[contender]:.0f}x)" if faster else ""
                 print(f"  {contender:28} {taken['median_us']:8.0f} us{note}")
-            print(f"  ours takes {case['times_a_copy']:.2f}x the time of the copy")
+            fresh = case["times_a_copy_into_fresh_memory"]
+            print(f"  ours takes {case['times_a_copy']:.2f}x the time of a copy, {fresh:.2f}x of one into fresh memory")
     if arguments.json:
         write(arguments.json, {"cases": cases})
     return 0 if all(reached for case in cases.values() for reached in case["reached"].values()) else 1

@@ -41,12 +41,13 @@ def time_in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> d
     for contender in contenders.values():
         contender()
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    results = {}
     for _ in range(rounds):
         for name, contender in contenders.items():
             start = time.perf_counter()
             result = contender()
             times[name].append((time.perf_counter() - start) * 1e6)
-            del result
+            results[name] = result
     return {name: _summary(taken) for name, taken in times.items()}
 
 

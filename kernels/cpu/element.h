@@ -43,10 +43,12 @@ inline float convert(BFloat16 from) {
 }
 template <>
 inline float convert(Float16 from) {
-  // Read as fp32 bits, exponent and fraction say 2^-112 of the value; the product is exact, subnormals included.
-  const uint32_t shifted = (from.bits & 0x7fffu) << 13;
-  const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(shifted) * 0x1p112f);
-  const uint32_t magnitude = shifted >= 0x0f800000u ? shifted | 0x7f800000u : scaled;  // inf and NaN
+  // No step works on an fp32 subnormal, so that flush-to-zero modes change nothing.
+  const uint32_t bits = from.bits & 0x7fffu;
+  const uint32_t normal = (bits << 13) + 0x38000000u;                       // the exponents' biases differ by 112
+  const float subnormal = std::bit_cast<float>(0x3f000000u + bits) - 0.5f;  // bits * 2^-24
+  uint32_t magnitude = bits < 0x0400u ? std::bit_cast<uint32_t>(subnormal) : normal;
+  magnitude = bits >= 0x7c00u ? (bits << 13) | 0x7f800000u : magnitude;  // inf and NaN
   return std::bit_cast<float>(magnitude | (from.bits & 0x8000u) << 16);
 }
 

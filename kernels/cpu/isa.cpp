@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/cpu/isa.h"
 
+#include <atomic>
+#include <cstring>
+
 namespace fsdc::cpu {
 
 namespace portable {
@@ -34,6 +37,21 @@ const std::vector<const KernelTable*>& available_kernels() {
   return available;
 }
 
-const KernelTable& active_kernels() { return *available_kernels().front(); }
+static std::atomic<const KernelTable*>& active() {
+  static std::atomic<const KernelTable*> kernels = available_kernels().front();
+  return kernels;
+}
+
+const KernelTable& active_kernels() { return *active(); }
+
+bool use_isa(const char* isa) {
+  for (const KernelTable* kernels : available_kernels()) {
+    if (std::strcmp(kernels->isa, isa) == 0) {
+      active() = kernels;
+      return true;
+    }
+  }
+  return false;
+}
 
 }  // namespace fsdc::cpu

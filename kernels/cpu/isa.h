@@ -32,7 +32,11 @@ struct KernelTable {
 // What this processor can run, best first.
 const std::vector<const KernelTable*>& available_kernels();
 
+// The best of them, unless use_isa chose another.
 const KernelTable& active_kernels();
+
+// Makes active_kernels those of the named instruction set; false if this processor lacks it. For tests.
+bool use_isa(const char* isa);
 
 inline const char* active_isa() { return active_kernels().isa; }
 

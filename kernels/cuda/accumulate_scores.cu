@@ -12,7 +12,7 @@
 // Order   as prescribed, so bitwise equal to CPU and reference: every step rounded to fp32, nothing fused
 // Limits  2^31 - 1 blocks: else cudaErrorInvalidValue. Queries are not split, so few rows of few tokens with
 //         many queries leave multiprocessors idle
-// Tested  on the CPU by a SIMT runtime with address and race checks. Not yet run or timed on a GPU
+// Tested  compiled for every architecture, not yet run or timed on a GPU
 #include "accumulate_scores.cuh"
 #include "launch.h"
 

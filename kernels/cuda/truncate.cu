@@ -16,7 +16,7 @@
 // Order   bitwise deterministic: counts are integers, each rank has one writer, the sum has a fixed order;
 //         accumulated in fp32, fp64 for fp64
 // Limits  S < 2^32, D below 2 GiB, 2^31 - 1 blocks: else cudaErrorInvalidValue
-// Tested  on the CPU by a SIMT runtime with address and race checks. Not yet run or timed on a GPU: kBlocks,
+// Tested  compiled for every architecture, not yet run or timed on a GPU: kBlocks,
 //         kShareBytes and the number of loads ahead wait for that
 #include "launch.h"
 #include "truncate.cuh"

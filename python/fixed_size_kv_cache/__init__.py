@@ -2,10 +2,24 @@
 """A KV cache of fixed size that keeps the tokens with the most accumulated attention.
 
 Importing the package loads the operators ``torch.ops.fsdc.truncate`` and ``torch.ops.fsdc.accumulate_scores_``;
-:mod:`fixed_size_kv_cache.reference` documents and specifies them.
+:mod:`fixed_size_kv_cache.reference` documents and specifies them. What builds on Hugging Face transformers is loaded
+when it is first used, so the operators work without it.
 """
 
-from . import _load, _operators  # noqa: F401
+import importlib.util
+from typing import Any
+
+from . import _load, _operators, _versions  # noqa: F401
 from ._version import __version__
 
-__all__ = ["__version__"]
+_HUGGING_FACE = {"FixedSizeDynamicCache": "dynamic_cache", "FixedSizeLayer": "layer"}
+
+__all__ = ["__version__", *_HUGGING_FACE]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HUGGING_FACE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError(f"{name} needs transformers: pip install 'transformers>={_versions.OLDEST_TRANSFORMERS}'")
+    return getattr(importlib.import_module(f".{_HUGGING_FACE[name]}", __name__), name)

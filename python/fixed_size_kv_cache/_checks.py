@@ -64,7 +64,7 @@ def check_accumulate_scores(
     _check_weights(op, "weights", weights, *scores.shape)
     for dim in range(3):
         torch._check(
-            sym_or(scores.shape[dim] <= 1, scores.stride(dim) != 0),
+            sym_or(scores.numel() == 0, scores.shape[dim] <= 1, scores.stride(dim) != 0),
             lambda: (
                 f"{op}: scores must not overlap itself in memory, it is written to; "
                 f"got strides {list(scores.stride())}; call .clone()"

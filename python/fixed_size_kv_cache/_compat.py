@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The differences between versions of transformers, all of them.
 
-From 4.56 on a cache is a list of layers. Up to 4.53 it is two lists of tensors; there our cache brings the layers and the
-methods that go through them itself. (4.54 and 4.55 were in between and are not supported.)
+From 4.56 on a cache is a list of layers. Up to 4.53 it is two lists of tensors; there our cache brings the layers and
+the methods that go through them itself. (4.54 and 4.55 were in between and are not supported.)
 """
 
 from typing import NamedTuple

@@ -5,6 +5,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._build_info import BUILD
 from ._checks import check_accumulate_scores, check_truncate
@@ -33,15 +34,23 @@ def _(scores: Tensor, weights: Tensor, query_weights: Tensor | None = None, carr
 
 def _refuse_gradients(name: str, operator, *args, **kwargs):
     """The Autograd kernel of every operator: the stable C++ interface cannot see ``requires_grad``."""
-    if torch.is_grad_enabled():
-        for tensor in (*args, *kwargs.values()):
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                raise RuntimeError(
-                    f"{name}: inputs must not require gradients, there is no backward; got an input with "
-                    "requires_grad=True; call it under torch.no_grad() or torch.inference_mode(), or .detach() it"
-                )
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    for tensor in tensors:
+        if (torch.is_grad_enabled() and tensor.requires_grad) or _has_tangent(tensor):
+            raise RuntimeError(
+                f"{name}: inputs must not require gradients, there is no backward; got an input with "
+                "requires_grad=True; call it under torch.no_grad() or torch.inference_mode(), or .detach() it"
+            )
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(*args, **kwargs)
+        outputs = operator(*args, **kwargs)
+    if name.endswith("_") and not tensors[0].is_inference():
+        torch.autograd.graph.increment_version(tensors[0])  # a graph that saved it before must notice
+    return outputs
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is under way with respect to the tensor."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _refuse_cuda(name: str, *args, **kwargs):

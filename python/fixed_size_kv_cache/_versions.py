@@ -5,7 +5,7 @@ import importlib.metadata
 import re
 
 OLDEST_TRANSFORMERS = "4.48.3"
-TESTED_TRANSFORMERS: tuple[str, ...] = ()  # the versions that our tests run
+TESTED_TRANSFORMERS = ("4.48.3", "4.56.2", "4.57.6", "5.17.0", "5.23.0")  # as in tests/versions
 
 
 def transformers_version() -> str | None:

@@ -16,7 +16,7 @@ class Skipped(NamedTuple):
     mode: str  # "mean" or "sum"
 
     def entry(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Key ``[B, H, D]``, value ``[B, H, D]`` and what is added to the logit ``[B, H]``, -inf where there is none."""
+        """Key ``[B, H, D]``, value ``[B, H, D]`` and what is added to the logit ``[B, H]``, -inf for none."""
         count = self.count.to(self.keys.dtype)
         if self.mode == "sum":
             return self.keys, self.values, torch.where(self.count > 0, 0.0, float("-inf")).to(self.keys.dtype)
@@ -35,8 +35,8 @@ def attend(
     """Softmax attention of grouped query heads.
 
     Logits are accumulated in the type of the inputs, the softmax is taken in float32 (float64 for float64), as
-    transformers' eager attention does. What is not visible contributes nothing, whatever bytes it holds, and a query that
-    sees nothing returns zeros.
+    transformers' eager attention does. What is not visible contributes nothing, whatever bytes it holds, and a query
+    that sees nothing returns zeros.
 
     Returns:
         The output ``[B, Hq, Q, D]`` and the probabilities ``[B, Hq, Q, S]`` of the slots in the softmax's type. With a

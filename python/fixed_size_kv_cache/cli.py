@@ -51,7 +51,7 @@ def collect() -> dict[str, str | list[str]]:
         "CUDA devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none",
         "CPU instruction set": _C.cpu_isa(),
         "compiler": _C.build_info()["compiler"],
-        "operators": [f"torch.ops.fsdc.{name}" for name in OPERATORS],
+        "operators": [f"torch.ops.fsdc.{name}" for name in OPERATORS if hasattr(torch.ops.fsdc, name)],
     }
 
 

@@ -20,15 +20,15 @@ __all__ = ["FixedSizeDynamicCache"]
 class FixedSizeDynamicCache(BaseCache):
     """A ``DynamicCache`` that holds at most ``cache_size`` tokens per layer and KV head.
 
-    Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.score_rule`. ``get_seq_length()`` is the
-    number of tokens seen, not of those held. All arguments are keywords; what is not given comes from the environment
-    (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or from the defaults of
-    :class:`fixed_size_kv_cache.settings.Settings`, which documents every one of them.
+    Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.score_rule`. ``get_seq_length()`` is
+    the number of tokens seen, not of those held. All arguments are keywords; what is not given comes from the
+    environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or from the
+    defaults of :class:`fixed_size_kv_cache.settings.Settings`, which documents every one of them.
 
     Args:
         config: the model's config. Layers with a sliding window keep transformers' own cache.
-        **settings: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``value_weight``, ``redundancy``,
-            ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
+        **settings: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``value_weight``,
+            ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
 
     Raises:
         TypeError: for positional or unknown arguments.
@@ -61,7 +61,7 @@ class FixedSizeDynamicCache(BaseCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Stages new tokens ``[B, H, Q, D]`` of a layer; returns all keys and values ``[B, H, T + Q, D]`` that they see.
+        """Stages new tokens ``[B, H, Q, D]`` of a layer; returns the keys and values ``[B, H, T + Q, D]`` they see.
 
         After attention over these, :meth:`cache_truncate` must follow. Padding is not stored.
 
@@ -123,8 +123,8 @@ class FixedSizeDynamicCache(BaseCache):
         B, columns = stage.all_keys.shape[0], stage.all_keys.shape[2]
         if query_states.shape[0] != B or query_states.shape[2] != stage.queries:
             raise ValueError(
-                f"cache_truncate: query_states must be [B, Hq, Q, D] with B = {B} and Q = {stage.queries}, the tokens of "
-                f"this step; got sizes {list(query_states.shape)}"
+                f"cache_truncate: query_states must be [B, Hq, Q, D] with B = {B} and Q = {stage.queries}, the "
+                f"tokens of this step; got sizes {list(query_states.shape)}"
             )
         if key_states.shape[2] != columns:
             raise ValueError(

@@ -16,9 +16,9 @@ from .settings import Settings
 PER_SLOT = ("keys", "values", "scores", "positions", "value_weights", "redundancy")
 PER_ROW = ("seen", "skipped_keys", "skipped_values", "skipped_count")
 NO_REPORT = (
-    "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. Use the "
-    "forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your attention; after an error inside "
-    "a step call reset()"
+    "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. Use "
+    "the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your attention; after an error "
+    "inside a step call reset()"
 )
 
 
@@ -46,7 +46,8 @@ class FixedSizeLayer(DynamicLayer):
     attention reads, ``fold`` takes the attention's weights, adds them to the scores and evicts.
 
     State per slot, all ``[B, H, N + 1]``: ``scores`` float32, ``positions`` int32 (real tokens before it in its row),
-    ``value_weights`` and ``redundancy`` float32; ``keys`` and ``values`` ``[B, H, N + 1, D]``. Per row: ``seen`` ``[B]``.
+    ``value_weights`` and ``redundancy`` float32; ``keys`` and ``values`` ``[B, H, N + 1, D]``. Per row: ``seen``
+    ``[B]``.
     """
 
     is_compileable = False
@@ -127,7 +128,7 @@ class FixedSizeLayer(DynamicLayer):
         return self.held_slots + query_length(of), self.columns - self.held_slots
 
     def crop(self, count: int) -> None:
-        """Takes the newest tokens back, as long as nothing has been evicted: ``-count`` of them, or all but ``count``."""
+        """Takes the newest tokens back while nothing has been evicted: ``-count`` of them, or all but ``count``."""
         if self.columns == 0 or count == 0:
             return
         remove = -count if count < 0 else max(0, self.columns - count)
@@ -296,8 +297,8 @@ class FixedSizeLayer(DynamicLayer):
     # ---- parts -------------------------------------------------------------------------------------------------------
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, H, min(S, C), D]`` that are held; the last entry is the literal sum of the evicted ones,
-        if there are any and the cache keeps them."""
+        """Keys and values ``[B, H, min(S, C), D]`` that are held; where the cache keeps the evicted ones and there are
+        some, the last entry is their literal sum."""
         T = self.held_slots
         keys, values = self.keys[:, :, :T], self.values[:, :, :T]
         if self.skipped is None:
@@ -312,7 +313,7 @@ class FixedSizeLayer(DynamicLayer):
         return self.may_have_holes and bool((self.positions[:, :, : self.held_slots] < 0).any())
 
     def load(self, keys: Tensor, values: Tensor) -> None:
-        """Takes tokens ``[B, H, S, D]`` over from another cache: score 0, positions from 0 on, cut at once if too many."""
+        """Takes over tokens ``[B, H, S, D]`` of another cache: score 0, positions from 0 on, cut at once."""
         S = keys.shape[2]
         if S:
             self.update(keys, values)

@@ -3,8 +3,8 @@
 
     LlamaAttention.forward = forward
 
-It attends to what the cache holds, reports its weights to the cache, and lets it evict. The attention implementation that
-the config names is not used, so the line that sets "eager" is not needed any more.
+It attends to what the cache holds, reports its weights to the cache, and lets it evict. The attention implementation
+that the config names is not used, so the line that sets "eager" is not needed any more.
 """
 
 from typing import Any
@@ -28,9 +28,10 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one LLaMA layer over a cache of fixed size.
 
-    Takes the arguments of every supported version of transformers (the cache was called ``past_key_value`` before 4.56) and
-    returns what all of them expect: the output ``[B, Q, hidden]`` and the attention weights ``[B, Hq, Q, columns]`` over
-    what the cache held in this step. A stock ``DynamicCache`` becomes one of ours. Without a cache it is the stock forward.
+    Takes the arguments of every supported version of transformers (the cache was called ``past_key_value`` before
+    4.56) and returns what all of them expect: the output ``[B, Q, hidden]`` and the attention weights ``[B, Hq, Q,
+    columns]`` over what the cache held in this step. A stock ``DynamicCache`` becomes one of ours. Without a cache it
+    is the stock forward.
     """
     cache = past_key_values if past_key_values is not None else kwargs.pop("past_key_value", None)
     if cache is None:

@@ -93,7 +93,8 @@ def accumulate_scores_(
     Args:
         scores: ``[B, H, S]`` in float32, any strides that do not overlap.
         weights: attention weights ``[B, Hq, Q, S]`` in float32, float16, bfloat16 or float64 (rounded to float32 once),
-            any strides. ``Hq`` is a multiple of ``H``; KV head ``h`` owns query heads ``h * G`` to ``h * G + G - 1``.
+            any strides, but not in the memory of ``scores``. ``Hq`` is a multiple of ``H``; KV head ``h`` owns query
+            heads ``h * G`` to ``h * G + G - 1``.
         query_weights: ``[B, Q]`` in float32, what each query counts; all 1 if not given.
         carry: ``[B]`` in float32, what is left of the old scores; all 1 if not given.
 

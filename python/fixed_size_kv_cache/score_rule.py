@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which token goes: the eviction score ``e = s * w * (1 - rho * r)`` and its order.
 
-``s`` is the decayed sum of the attention that a token received, ``w`` the norm of its value, and ``r`` the largest cosine
-between its key and any newer key seen since. The least goes; from first to last: empty slots, finite scores, NaN,
-protected tokens; of equal ones the older. ``docs/eviction.md`` says where the rule comes from.
+``s`` is the decayed sum of the attention that a token received, ``w`` the norm of its value, and ``r`` the largest
+cosine between its key and any newer key seen since. The least goes; from first to last: empty slots, finite scores,
+NaN, protected tokens; of equal ones the older. ``docs/eviction.md`` says where the rule comes from.
 """
 
 import torch

@@ -28,8 +28,8 @@ class Settings:
         value_weight: weigh a score with the norm of the token's value.
         redundancy: rho in [0, 1], how much a token loses when a newer key points the same way.
         include_skipped: keep the sum of all evicted tokens as one more entry.
-        skipped_mode: ``mean``: the entry counts as its n tokens, with their mean key and value and ``log n`` added to the
-            logit. ``sum``: the literal sum is the key and the value, as the original had it; that hurts quality.
+        skipped_mode: ``mean``: the entry counts as its n tokens, with their mean key and value and ``log n`` added to
+            the logit. ``sum``: the literal sum is the key and the value, as the original had it; that hurts quality.
         free_memory: give unused memory of the CUDA allocator back after the compaction of a prompt or chunk.
         policy: ``attention``, or the baselines ``streaming`` (sinks and the last tokens) and ``random``.
     """

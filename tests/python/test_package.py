@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import fixed_size_kv_cache
-from fixed_size_kv_cache import _C, _versions, _load, _operators, cli
+from fixed_size_kv_cache import _C, _load, _operators, _versions, cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
