@@ -152,3 +152,39 @@ def test_without_grad_mode_inputs_may_require_gradients(op, mode):
     with mode():
         outputs = getattr(torch.ops.fsdc, op)(**arguments)
     assert not any(x.requires_grad for x in outputs or ())
+
+
+def test_forward_mode_gradients_are_refused():
+    arguments = on("cpu", A)
+
+    def accumulate(weights):
+        scores = torch.zeros(2, 4, 10)
+        torch.ops.fsdc.accumulate_scores_(scores, weights)
+        return scores
+
+    with pytest.raises(RuntimeError, match="inputs must not require gradients"):
+        torch.func.jvp(accumulate, (arguments["weights"],), (torch.ones_like(arguments["weights"]),))
+
+
+def test_a_graph_that_saved_the_scores_notices_the_write():
+    scores, factor = torch.ones(2, 4, 10), torch.ones(2, 4, 10, requires_grad=True)
+    total = (scores * factor).sum()
+    torch.ops.fsdc.accumulate_scores_(scores, torch.ones(2, 8, 3, 10))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e4m3fn, torch.bool, torch.int8], ids=str)
+def test_types_have_the_same_names_everywhere(dtype):
+    keys, scores = torch.zeros(1, 1, 4, 2).to(dtype), torch.zeros(1, 1, 4)
+    texts = []
+    for convert in (torch.Tensor.clone, FakeTensorMode().from_tensor):
+        with pytest.raises(RuntimeError) as error:
+            torch.ops.fsdc.truncate(convert(keys), convert(keys), convert(scores), 2)
+        texts.append(str(error.value))
+    assert texts[0] == texts[1]
+    assert texts[0].endswith(f"got {str(dtype).removeprefix('torch.')}")
+
+
+def test_empty_scores_of_any_stride_are_fine():
+    torch.ops.fsdc.accumulate_scores_(torch.empty(2, 1, 0).expand(2, 3, 0), torch.empty(2, 3, 1, 0))

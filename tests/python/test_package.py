@@ -87,6 +87,27 @@ def test_support_of_transformers(version, support, monkeypatch):
     assert _versions.transformers_support(version) == support
 
 
+def test_hugging_face_names_need_transformers():
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find(name, *rest)
+import fixed_size_kv_cache
+try:
+    fixed_size_kv_cache.FixedSizeDynamicCache
+except ImportError as error:
+    print(error)
+"""
+    assert run_python(code) == "FixedSizeDynamicCache needs transformers: pip install 'transformers>=4.48.3'"
+
+
+def test_the_tested_versions_of_transformers_are_those_of_the_pins():
+    pins = {path.stem for path in (ROOT / "tests/versions").glob("*.txt")}
+    assert pins == set(_versions.TESTED_TRANSFORMERS)
+    for version in pins:
+        assert (ROOT / f"tests/versions/{version}.txt").read_text() == f"transformers=={version}\n"
+
+
 def test_info():
     result = CliRunner().invoke(cli.app, ["info"])
     assert result.exit_code == 0

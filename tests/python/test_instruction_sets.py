@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every instruction set that this processor has gives the bits of the specification."""
+
+import pytest
+import torch
+from inputs import FLOATING, assert_all_same_bits, assert_same_bits, hostile_scores, rows
+
+from fixed_size_kv_cache import _C, reference
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request):
+    best = _C.cpu_isa()
+    if not _C.use_cpu_isa(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    assert _C.cpu_isa() == request.param
+    yield request.param
+    assert _C.use_cpu_isa(best)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    assert _C.use_cpu_isa("mmx") is False
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("D", [1, 80, 300])
+def test_truncate(isa, dtype, D):
+    cases = list(hostile_scores(5000).values())
+    scores = torch.stack(cases)[None]
+    keys = rows(1, len(cases), 5000, D, dtype)[:, :, :, : max(1, D - 3)]
+    for cache_size in (2, 700, 4999):
+        for include_skipped in (False, True):
+            got = torch.ops.fsdc.truncate(keys, keys, scores, cache_size, include_skipped=include_skipped)
+            expected = reference.truncate(keys, keys, scores, cache_size, include_skipped=include_skipped)
+            assert_all_same_bits(got, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_accumulate_scores(isa, dtype):
+    straight = torch.rand(2, 6, 5, 1100).to(dtype)
+    for weights in (straight, torch.rand(1100, 5, 6, 2).to(dtype).permute(3, 2, 1, 0)):
+        scores = torch.rand(2, 3, 1100)
+        scores[:, :, 7], scores[:, :, 8] = float("inf"), float("-inf")
+        expected = scores.clone()
+        optional = (torch.rand(2, 5), torch.tensor([0.0, 0.5]))
+        torch.ops.fsdc.accumulate_scores_(scores, weights, *optional)
+        reference.accumulate_scores_(expected, weights, *optional)
+        assert_same_bits(scores, expected)
+
+
+def test_flushing_denormals_does_not_lose_float16(isa):
+    """Small float16 numbers are subnormal there, but not in float32."""
+    weights = torch.full((1, 1, 1, 100), 3e-5, dtype=torch.float16)
+    expected = weights[:, :, 0].float()
+    assert torch.set_flush_denormal(True)
+    try:
+        scores = torch.zeros(1, 1, 100)
+        torch.ops.fsdc.accumulate_scores_(scores, weights)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(scores, expected)
