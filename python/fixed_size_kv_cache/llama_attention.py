@@ -53,5 +53,13 @@ def forward(
     attn_output, attn_weights = cache.layers[self.layer_idx].attend(query_states, attention_mask, self.scaling)
     attn_output = self.o_proj(attn_output.transpose(1, 2).reshape(B, Q, -1))
 
-    cache.cache_truncate(self.layer_idx, query_states, key_states, attn_weights, attention_mask)
+    cache.key_cache[self.layer_idx], cache.value_cache[self.layer_idx] = FixedSizeDynamicCache.from_legacy_cache(
+        cache, self.layer_idx
+    ).cache_truncate(
+        self.layer_idx,
+        query_states,
+        key_states,
+        attn_weights,
+        attention_mask,
+    )
     return attn_output, attn_weights.to(query_states.dtype)

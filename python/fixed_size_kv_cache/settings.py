@@ -30,7 +30,8 @@ class Settings:
         include_skipped: keep the sum of all evicted tokens as one more entry.
         skipped_mode: ``mean``: the entry counts as its n tokens, with their mean key and value and ``log n`` added to
             the logit. ``sum``: the literal sum is the key and the value, as the original had it; that hurts quality.
-        free_memory: give unused memory of the CUDA allocator back after the compaction of a prompt or chunk.
+        free_memory: give unused memory of the CUDA allocator back after the compaction of a prompt or chunk, once per
+            forward. It waits for the device, and the next allocations are slower.
         policy: ``attention``, or the baselines ``streaming`` (sinks and the last tokens) and ``random``.
     """
 
