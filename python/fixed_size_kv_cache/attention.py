@@ -58,7 +58,8 @@ def attend(
         logits = torch.cat([logits, extra.to(wide)], dim=-1)
     probabilities = logits.softmax(-1)
     if visible is not None:
-        probabilities = probabilities.nan_to_num(0.0)  # a query that sees nothing: softmax of -inf only
+        sees_nothing = (logits == float("-inf")).all(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(sees_nothing, 0.0)  # it is NaN there
     weights = probabilities[..., :S]
     mixed = weights.to(query.dtype).reshape(B, H, Hq // H * Q, S) @ values
     output = mixed.view(B, H, Hq // H, Q, -1)

@@ -30,9 +30,8 @@ def query_weights(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """
     up_to = valid.cumsum(-1)
     total = up_to[:, -1:]
-    gamma = torch.tensor(decay, dtype=torch.float32, device=valid.device)
-    weights = torch.where(valid, gamma ** (total - up_to), 0.0)
-    return weights, gamma ** total[:, 0]
+    weights = torch.where(valid, decay ** (total - up_to).float(), 0.0)
+    return weights, decay ** total[:, 0].float()
 
 
 def eviction_scores(

@@ -262,6 +262,19 @@ def test_mean_and_sum_of_equal_tokens():
     assert (outputs["sum"] - exact).abs().max() > 0.1
 
 
+def test_what_nobody_sees_contributes_nothing_and_nan_is_not_hidden():
+    from fixed_size_kv_cache.attention import attend
+
+    nan = float("nan")
+    query, keys, values = torch.ones(1, 2, 2, 4), torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)
+    keys[0, 0, 1], values[0, 0, 1] = nan, nan
+    visible = torch.tensor([[[[True, False, True], [False, False, False]]]])
+    output, weights = attend(query, keys, values, visible, 0.5)
+    assert output[0, :, 0].eq(1).all() and output[0, :, 1].eq(0).all()
+    assert weights[0, 0].tolist() == [[0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    assert attend(query, keys, values, ~visible, 0.5)[0][0, 0].isnan().all()
+
+
 # ---- what it is told ------------------------------------------------------------------------------------------------
 
 
