@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache is told when it is made: its size, its rule, and the three environment variables."""
 
+import functools
 import os
+import warnings
 from dataclasses import dataclass, fields
 
 POLICIES = ("attention", "streaming", "random")
@@ -79,8 +81,20 @@ class Settings:
             raise ValueError(f"redundancy must be from 0 to 1; got {self.redundancy}")
         if self.skipped_mode not in SKIPPED_MODES:
             raise ValueError(f"skipped_mode must be one of {', '.join(SKIPPED_MODES)}; got {self.skipped_mode!r}")
+        if self.include_skipped and self.skipped_mode == "sum":
+            _warn_of_sum()
         if self.policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}; got {self.policy!r}")
+
+
+@functools.cache
+def _warn_of_sum() -> None:
+    """Once per process."""
+    warnings.warn(
+        'skipped_mode="sum" attends to the sum of all evicted keys as if it were one token, which hurts quality; '
+        '"mean" counts them as what they are',
+        stacklevel=2,
+    )
 
 
 SETTING_NAMES = tuple(field.name for field in fields(Settings))

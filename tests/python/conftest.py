@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve others on a busy machine
+
 import pytest
 import torch
 from hypothesis import settings

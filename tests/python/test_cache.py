@@ -3,6 +3,8 @@
 
 import copy
 import math
+import types
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 import fixed_size_kv_cache
 from fixed_size_kv_cache import reference
+from fixed_size_kv_cache import settings as settings_module
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
+from fixed_size_kv_cache.layer import FixedSizeLayer
 from fixed_size_kv_cache.score_rule import eviction_scores, least, query_weights
 from fixed_size_kv_cache.settings import Settings
 
@@ -196,6 +200,20 @@ def test_decoding_evicts_as_a_sorted_list_would():
             assert held_positions(layer)[h] == [t["position"] for t in lists[h]], (position, h)
 
 
+@pytest.mark.parametrize("include_skipped", [False, True])
+def test_decode_path_and_chunk_path_evict_the_same(include_skipped, monkeypatch):
+    """One token at a time, with eviction at every step, by argmin and row write or by selection and gather."""
+    model, ids = tiny_llama(), tokens(2, 70)
+    with recipe():
+        decoded, selected = (new_cache(model, 16, include_skipped=include_skipped) for _ in range(2))
+        logits = feed(model, decoded, ids)
+        monkeypatch.setattr(FixedSizeLayer, "_fold_one", FixedSizeLayer._fold_chunk)
+        torch.testing.assert_close(feed(model, selected, ids), logits, rtol=1e-6, atol=1e-6)
+    for layer, other in zip(decoded.layers, selected.layers, strict=True):
+        for row in range(2):
+            assert held_positions(layer, row) == held_positions(other, row)
+
+
 def test_the_chunk_path_calls_truncate_and_the_decode_path_does_not(monkeypatch):
     calls = []
     original = torch.ops.fsdc.truncate
@@ -275,6 +293,15 @@ def test_what_nobody_sees_contributes_nothing_and_nan_is_not_hidden():
     assert attend(query, keys, values, ~visible, 0.5)[0][0, 0].isnan().all()
 
 
+def test_the_literal_sum_warns_once():
+    settings_module._warn_of_sum.cache_clear()
+    with pytest.warns(UserWarning, match="hurts quality"):
+        FixedSizeDynamicCache(cache_size=8, include_skipped=True, skipped_mode="sum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        FixedSizeDynamicCache(cache_size=8, include_skipped=True, skipped_mode="sum")
+
+
 # ---- what it is told ------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +373,23 @@ def test_switches_from_the_environment(name, monkeypatch):
         monkeypatch.setenv(name, text)
         with pytest.raises(ValueError, match=f"{name} must be true, false, 1, 0, yes, no, on or off; got {text!r}"):
             FixedSizeDynamicCache()
+
+
+def test_memory_is_freed_once_per_forward_and_never_in_a_decode_step(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("freed"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    cache = FixedSizeDynamicCache(cache_size=8, free_memory=True)
+    cache.expected_layers = 3
+    cache.layers = [types.SimpleNamespace(device=torch.device("cuda")) for _ in range(3)]
+    for queries, expected in ((20, 1), (1, 0)):
+        calls.clear()
+        for layer_idx in range(3):
+            cache._free_memory(layer_idx, queries)
+        assert len(calls) == expected
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cache._free_memory(2, 20)
+    assert not calls
 
 
 # ---- caches that come from elsewhere --------------------------------------------------------------------------------
