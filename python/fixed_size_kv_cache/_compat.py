@@ -14,6 +14,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 HAS_LAYERS = hasattr(cache_utils, "DynamicLayer")
 
+# On CUDA, for the sake of sdpa, these versions let a row of padding that would see nothing see all columns.
+SHOWS_PADDING_EVERYTHING = not HAS_LAYERS
+
 
 class Contents(NamedTuple):
     """What a layer of a cache of transformers holds."""
@@ -90,15 +93,6 @@ else:
 
         def __len__(self) -> int:
             return len(self.layers)
-
-        def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-            return self.key_cache[layer_idx], self.value_cache[layer_idx]
-
-        def __iter__(self):
-            return (self[i] for i in range(len(self)))
-
-        def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
-            return tuple(self)
 
     def init_cache(cache: Cache, config) -> None:
         if isinstance(cache, torch.nn.Module):

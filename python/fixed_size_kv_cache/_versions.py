@@ -5,6 +5,7 @@ import importlib.metadata
 import re
 
 OLDEST_TRANSFORMERS = "4.48.3"
+BETWEEN_TRANSFORMERS = ((4, 54), (4, 55))  # their caches are neither lists of tensors nor plain layers
 TESTED_TRANSFORMERS = ("4.48.3", "4.56.2", "4.57.6", "5.17.0", "5.23.0")  # as in tests/versions
 
 
@@ -22,7 +23,10 @@ def transformers_support(version: str | None) -> str:
         return "not installed"
     if version in TESTED_TRANSFORMERS:
         return "tested"
-    return "untested" if _release(version) >= _release(OLDEST_TRANSFORMERS) else "unsupported"
+    release = _release(version)
+    if release < _release(OLDEST_TRANSFORMERS) or release[:2] in BETWEEN_TRANSFORMERS:
+        return "unsupported"
+    return "untested"
 
 
 def _release(version: str) -> tuple[int, ...]:

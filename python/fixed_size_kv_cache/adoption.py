@@ -4,7 +4,7 @@
 from typing import Any
 
 from ._compat import Cache, DynamicCache, drop_stock_storage, stock_contents
-from .layer import FixedSizeLayer, Stage
+from .layer import FixedSizeLayer
 
 REMEDY = "let generate() make the cache, or pass past_key_values=FixedSizeDynamicCache(config=model.config)"
 
@@ -27,6 +27,8 @@ def _adopt(cls: type, cache: Cache, layer_idx: int | None) -> Any:
         contents = stock_contents(cache)
     except TypeError as error:
         raise TypeError(f"from_legacy_cache: cannot take over a {error}; {REMEDY}") from None
+    if getattr(cache, "offloading", False):
+        raise TypeError(f"from_legacy_cache: cannot take over a {type(cache).__name__} with offloading; {REMEDY}")
     filled = [i for i, held in enumerate(contents) if held is not None]
     if filled not in ([], [layer_idx]):
         raise ValueError(
@@ -43,8 +45,7 @@ def _adopt(cls: type, cache: Cache, layer_idx: int | None) -> Any:
         layer = FixedSizeLayer(cache.settings)
         cache.layers.append(layer)
         if held is not None:  # the stock update has run: its tokens are this step's
-            layer.lazy_initialization(held.keys, held.values)
-            layer.staged = Stage(held.keys, held.values, held.keys, held.values)
+            layer.update(held.keys, held.values)
     return cache
 
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache that users hold."""
 
+import functools
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +14,7 @@ from . import adoption
 from ._compat import BaseCache, DynamicLayer, init_cache
 from .attention import attend
 from .layer import FixedSizeLayer
-from .masks import new_tokens_valid
+from .masks import read_mask
 from .settings import SETTING_NAMES, Settings
 
 __all__ = ["FixedSizeDynamicCache"]
@@ -71,11 +74,19 @@ class FixedSizeDynamicCache(BaseCache):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise RuntimeError(
                 "FixedSizeDynamicCache: keys and values must not require gradients, there is no backward; "
-                "call the model under torch.no_grad() or torch.inference_mode()"
+                "call the model under torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
         while len(self.layers) <= layer_idx:
             self.layers.append(FixedSizeLayer(self.settings))
-        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        first, layer = self.layers[0], self.layers[layer_idx]
+        if layer is not first and isinstance(first, FixedSizeLayer) and isinstance(layer, FixedSizeLayer):
+            expected = layer.columns + key_states.shape[2]
+            if first.columns and first.staged is None and first.columns != expected:
+                raise RuntimeError(
+                    f"update: layer {layer_idx} must have seen as many tokens as layer 0, {first.columns} with this "
+                    f"step; got {expected}; a forward broke off between layers: call reset() to begin anew"
+                )
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     @classmethod
     def from_legacy_cache(cls, cache: Any = None, layer_idx: int | None = None) -> "FixedSizeDynamicCache":
@@ -131,25 +142,29 @@ class FixedSizeDynamicCache(BaseCache):
                 f"cache_truncate: key_states must have the {columns} columns that update() returned; "
                 f"got sizes {list(key_states.shape)}"
             )
-        if not stage.is_valid_known:
-            valid = new_tokens_valid(attention_mask, stage.queries, layer.columns)
-            if valid is not None and not valid.all():
+        if stage.new is None:  # not our own forward
+            new = read_mask(attention_mask, B, stage.queries, layer.columns)
+            if new.valid is not None and not new.valid.all():
                 raise ValueError(
                     "cache_truncate: attention_mask shows padding, which only the forward of "
                     "fixed_size_kv_cache.llama_attention understands; use it, or pass one text at a time"
                 )
+            stage.new = new._replace(valid=None)
+            if self.settings.include_skipped:
+                _warn_of_entry()
         if attn_weights is None:
-            scaling = query_states.shape[-1] ** -0.5
-            attn_weights = attend(query_states, stage.all_keys, stage.all_values, layer.visible(), scaling)[1]
+            keys, values, scaling = stage.all_keys, stage.all_values, query_states.shape[-1] ** -0.5
+            attn_weights = attend(query_states, keys, values, layer.visible(), scaling, layer.skipped)[1]
         if attn_weights.shape[:2] != query_states.shape[:2]:
             raise ValueError(
                 f"cache_truncate: attn_weights must be [B, Hq, Q, columns] with B, Hq = "
                 f"{list(query_states.shape[:2])}; got sizes {list(attn_weights.shape)}"
             )
         layer.fold(attn_weights)
-        layer.last_returned = layer.held()
+        held = layer.held()
+        layer.last_returned = (weakref.ref(held[0]), weakref.ref(held[1]))
         self._free_memory(layer_idx, stage.queries)
-        return layer.last_returned
+        return held
 
     @property
     def key_cache(self) -> "HeldTensors":
@@ -160,6 +175,16 @@ class FixedSizeDynamicCache(BaseCache):
     def value_cache(self) -> "HeldTensors":
         """The values held, as :attr:`key_cache`."""
         return HeldTensors(self, 1)
+
+    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        return self.key_cache[layer_idx], self.value_cache[layer_idx]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self[i] for i in range(len(self.layers)))
+
+    def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """The keys and values held, as a tuple per layer. Scores and positions are not in it."""
+        return tuple(self)
 
     def __repr__(self) -> str:
         seen = self.get_seq_length() if self.layers else 0
@@ -178,6 +203,16 @@ class FixedSizeDynamicCache(BaseCache):
             return
         if self.layers[layer_idx].device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.empty_cache()
+
+
+@functools.cache
+def _warn_of_entry() -> None:
+    """Once per process."""
+    warnings.warn(
+        "include_skipped: only the forward of fixed_size_kv_cache.llama_attention attends to the entry of the evicted "
+        "tokens; update() does not return it to other attention",
+        stacklevel=3,
+    )
 
 
 class HeldTensors(Sequence):
@@ -203,7 +238,7 @@ class HeldTensors(Sequence):
 
     def __setitem__(self, layer_idx: int, tensor: Tensor) -> None:
         returned = self._cache._own_layer(layer_idx).last_returned
-        if returned is None or tensor is not returned[self._which]:
+        if returned is None or tensor is not returned[self._which]():
             raise ValueError(
                 "key_cache and value_cache accept only what cache_truncate() last returned for this layer; the cache "
                 "writes its slots itself"

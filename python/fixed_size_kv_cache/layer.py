@@ -2,6 +2,7 @@
 """One layer of the cache: static slots, filled by ``update`` and pruned after attention."""
 
 import math
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from . import score_rule
 from ._compat import DynamicLayer, query_length
 from .attention import Skipped, attend
-from .masks import new_tokens_valid
+from .masks import NewTokens, read_mask
 from .settings import Settings
 
 PER_SLOT = ("keys", "values", "scores", "positions", "value_weights", "redundancy")
@@ -30,8 +31,12 @@ class Stage:
     values: Tensor  # [B, H, Q, D]
     all_keys: Tensor  # [B, H, T + Q, D], what update returned
     all_values: Tensor
-    valid: Tensor | None = None  # [B, Q], None: no padding
-    is_valid_known: bool = False
+    new: NewTokens | None = None  # what the mask says about them, once somebody has read it
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which new tokens are not padding, ``[B, Q]``; None: all."""
+        return None if self.new is None else self.new.valid
 
     @property
     def queries(self) -> int:
@@ -53,6 +58,7 @@ class FixedSizeLayer(DynamicLayer):
     is_compileable = False
     is_croppable = False
     is_sliding = False
+    last_returned: tuple[weakref.ref, weakref.ref] | None = None  # the keys and values that cache_truncate returned
 
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
@@ -62,7 +68,6 @@ class FixedSizeLayer(DynamicLayer):
         self.is_ordered = True  # slots are in token order
         self.may_have_holes = False  # a mask came, so some slots in use may be empty for want of a token
         self.staged: Stage | None = None
-        self.last_returned: tuple[Tensor, Tensor] | None = None
 
     # ---- the interface of transformers ------------------------------------------------------------------------------
 
@@ -95,6 +100,10 @@ class FixedSizeLayer(DynamicLayer):
         """
         if self.staged is not None:
             raise RuntimeError(NO_REPORT.format("update"))
+        if key_states.shape[2] == 0:
+            raise ValueError(
+                f"update: there must be at least one new token; got keys of sizes {list(key_states.shape)}"
+            )
         if not self.is_initialized or (self.columns == 0 and not self._fits(key_states, value_states)):
             self.lazy_initialization(key_states, value_states)
         elif not self._fits(key_states, value_states):
@@ -128,7 +137,12 @@ class FixedSizeLayer(DynamicLayer):
         return self.held_slots + query_length(of), self.columns - self.held_slots
 
     def crop(self, count: int) -> None:
-        """Takes the newest tokens back while nothing has been evicted: ``-count`` of them, or all but ``count``."""
+        """Takes the newest tokens back while nothing has been evicted: ``-count`` of them, or all but ``count``.
+
+        What they have added to the scores of others stays.
+        """
+        if self.staged is not None:
+            raise RuntimeError(NO_REPORT.format("crop"))
         if self.columns == 0 or count == 0:
             return
         remove = -count if count < 0 else max(0, self.columns - count)
@@ -137,7 +151,7 @@ class FixedSizeLayer(DynamicLayer):
         if self.columns > self.settings.slots:
             raise RuntimeError(
                 f"crop: tokens can be taken back only until something is evicted, up to {self.settings.slots} tokens; "
-                f"got {self.columns} tokens seen"
+                f"got {self.columns} tokens seen; use a larger cache_size, or generate without candidates"
             )
         left = max(0, self.columns - remove)
         self.seen -= (self.positions[:, 0, left : self.columns] >= 0).sum(-1, dtype=torch.int32)
@@ -197,8 +211,7 @@ class FixedSizeLayer(DynamicLayer):
         ``mask`` is the model's attention mask; only which new tokens are padding is read from it.
         """
         stage = self._stage("attend")
-        stage.valid = new_tokens_valid(mask, stage.queries, self.columns)
-        stage.is_valid_known = True
+        stage.new = read_mask(mask, query.shape[0], stage.queries, self.columns)
         return attend(query, stage.all_keys, stage.all_values, self.visible(), scaling, self.skipped)
 
     def visible(self) -> Tensor | None:
@@ -207,22 +220,35 @@ class FixedSizeLayer(DynamicLayer):
         Q = stage.queries
         if stage.valid is None and not self.may_have_holes and Q == 1:
             return None
-        causal = torch.ones(Q, Q, dtype=torch.bool, device=self.device).tril()[None, None]  # [1, 1, Q, Q]
+        if stage.new is not None and stage.new.sees is not None:
+            among_new = stage.new.sees[:, None]  # [B, 1, Q, Q]
+        else:
+            among_new = torch.ones(Q, Q, dtype=torch.bool, device=self.device).tril()[None, None]
         old = (self.positions[:, :, None, :T] >= 0).expand(-1, -1, Q, -1)  # [B, H, Q, T]
         if stage.valid is None:
-            return torch.cat([old, causal.expand(*old.shape[:2], -1, -1)], dim=-1)
-        new = causal & stage.valid[:, None, None, :]  # [B, 1, Q, Q]
+            return torch.cat([old, among_new.expand(*old.shape[:2], -1, -1)], dim=-1)
+        new = among_new & stage.valid[:, None, None, :]  # [B, 1, Q, Q]
         seen = torch.cat([old, new.expand(*old.shape[:3], Q)], dim=-1)
         return seen & stage.valid[:, None, :, None]
 
     # ---- the second half of a step -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def fold(self, weights: Tensor) -> None:
-        """Ends the step: adds the attention weights ``[B, Hq, Q, T + Q]`` to the scores and evicts what is too much."""
+    def fold(self, weights: Tensor | None) -> None:
+        """Ends the step: adds the attention weights ``[B, Hq, Q, T + Q]`` to the scores and evicts what is too much.
+
+        Without weights the step counts as if it had seen nothing.
+        """
         stage = self._stage("fold")
-        B, Q = stage.keys.shape[0], stage.queries
-        if weights.shape[-2:] != (Q, stage.all_keys.shape[2]):
+        (B, H), Q = stage.keys.shape[:2], stage.queries
+        if weights is None:
+            weights = torch.zeros((), device=self.device).expand(B, H, Q, stage.all_keys.shape[2])
+        if weights.dim() != 4 or weights.shape[0] != B or weights.shape[1] % H != 0 or weights.device != self.device:
+            raise ValueError(
+                f"attention weights must be [B, Hq, Q, columns] with B = {B} and a multiple of the {H} KV heads on "
+                f"{self.device}; got sizes {list(weights.shape)} on {weights.device}"
+            )
+        if weights.shape[2:] != (Q, stage.all_keys.shape[2]):
             raise ValueError(
                 f"attention weights must have the {Q} queries and {stage.all_keys.shape[2]} columns of this step, as "
                 f"update() returned them; got sizes {list(weights.shape)}"
@@ -299,6 +325,8 @@ class FixedSizeLayer(DynamicLayer):
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, min(S, C), D]`` that are held; where the cache keeps the evicted ones and there are
         some, the last entry is their literal sum."""
+        if not self.is_initialized:
+            raise RuntimeError("this layer holds nothing yet; run the model first")
         T = self.held_slots
         keys, values = self.keys[:, :, :T], self.values[:, :, :T]
         if self.skipped is None:
@@ -317,7 +345,10 @@ class FixedSizeLayer(DynamicLayer):
         S = keys.shape[2]
         if S:
             self.update(keys, values)
-            self.fold(torch.zeros(*keys.shape[:2], S, self.staged.all_keys.shape[2], device=keys.device))
+            self.fold(None)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "last_returned"}
 
     def _stage(self, who: str) -> Stage:
         if self.staged is None:

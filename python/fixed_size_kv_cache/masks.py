@@ -1,30 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an attention mask of transformers tells about the new tokens; nothing else of it is read.
 
-After eviction the columns of a mask no longer belong to the slots of the cache, so who sees whom is decided by the
-positions that the cache holds. Only which of the new tokens are padding has to come from outside.
+After eviction the columns of a mask no longer belong to the slots of the cache, so whether an old token is seen is
+decided by the positions that the cache holds. Which of the new tokens are padding, and who of them sees whom, comes
+from outside.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._compat import SHOWS_PADDING_EVERYTHING
 
-def new_tokens_valid(mask: Tensor | None, Q: int, S: int) -> Tensor | None:
-    """Which of the new tokens are real, as bool ``[B, Q]``; None where all are.
+
+class NewTokens(NamedTuple):
+    """What a mask says about the new tokens."""
+
+    valid: Tensor | None  # bool [B, Q]: not padding; None: all
+    sees: Tensor | None  # bool [B, Q, Q], query by new token; None: all up to itself
+
+
+def read_mask(mask: Tensor | None, B: int, Q: int, S: int) -> NewTokens:
+    """Reads the columns of the new tokens.
 
     Args:
         mask: None, ``[B, columns]`` with 1 for real tokens, or ``[B, 1, Q, columns]``, boolean (True: sees) or additive
-            (0: sees). The columns end with the new tokens, or hold all tokens so far and perhaps some to come.
+            (0: sees); a batch of 1 stands for all rows. The columns end with the new tokens, or hold all tokens so far
+            and perhaps some to come.
+        B: rows.
         Q: new tokens.
         S: tokens seen before them, padding included.
+
+    Raises:
+        TypeError: for a mask that is not a tensor, such as flex attention's.
+        ValueError: for a tensor of another rank.
     """
     if mask is None:
-        return None
-    if mask.dim() == 2:
-        return mask[:, -Q:].bool()
-    if mask.dim() != 4:
+        return NewTokens(None, None)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f'attention_mask must be a tensor; got {type(mask).__name__}; set attn_implementation="eager"')
+    if mask.dim() not in (2, 4):
         raise ValueError(f"attention_mask must be [B, columns] or [B, 1, Q, columns]; got sizes {list(mask.shape)}")
     first = S if mask.shape[-1] >= S + Q else mask.shape[-1] - Q
-    # A real token sees itself.
-    diagonal = mask[:, 0, -Q:, first : first + Q].diagonal(dim1=-2, dim2=-1)
-    return diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    new = mask[..., first : first + Q]
+    if mask.dim() == 2:
+        return NewTokens(new.bool().expand(B, Q), None)
+    sees = new[:, 0, -Q:].expand(B, Q, Q)
+    sees = sees if sees.dtype == torch.bool else sees == 0
+    valid = sees.diagonal(dim1=-2, dim2=-1)  # a real token sees itself
+    if SHOWS_PADDING_EVERYTHING:
+        valid = valid & ~sees.triu(1).any(-1)
+    return NewTokens(valid, sees)

@@ -56,6 +56,7 @@ class Settings:
         choose("include_skipped", lambda: read_bool(INCLUDE_SKIPPED, False))
         choose("free_memory", lambda: read_bool(FREE_MEMORY, False))
         choose("cache_size", lambda: read_size(CACHE_SIZE, 1024))
+        self._check_switches()
         _check_int("cache_size", self.cache_size, 2 if self.include_skipped else 1)
         choose("sink_tokens", min(4, self.slots // 4))
         _check_int("sink_tokens", self.sink_tokens, 0)
@@ -68,6 +69,11 @@ class Settings:
     def slots(self) -> int:
         """Tokens that are held, N: ``cache_size``, less the entry of the skipped ones."""
         return self.cache_size - 1 if self.include_skipped else self.cache_size
+
+    def _check_switches(self) -> None:
+        for name in ("value_weight", "include_skipped", "free_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
 
     def _check_rest(self) -> None:
         if self.sink_tokens + self.recent_tokens > self.slots:

@@ -321,6 +321,7 @@ def test_an_unknown_setting_is_refused():
         (dict(cache_size=0), ValueError, "cache_size must be at least 1; got 0"),
         (dict(cache_size=1, include_skipped=True), ValueError, "cache_size must be at least 2; got 1"),
         (dict(cache_size=1.5), TypeError, "cache_size must be a whole number; got 1.5"),
+        (dict(include_skipped="False"), TypeError, "include_skipped must be True or False; got 'False'"),
         (dict(cache_size=True), TypeError, "cache_size must be a whole number; got True"),
         (
             dict(cache_size=8, sink_tokens=4, recent_tokens=5),
@@ -434,6 +435,13 @@ def test_a_stock_cache_with_tokens_of_earlier_steps_is_refused_and_unharmed():
         cache.cache_truncate(0, torch.ones(1, 2, 1, 3), torch.ones(1, 2, 5, 3))
 
 
+def test_a_stock_cache_that_offloads_is_refused():
+    stock = DynamicCache()
+    stock.offloading = True
+    with pytest.raises(TypeError, match="DynamicCache with offloading"):
+        FixedSizeDynamicCache.from_legacy_cache(stock, 0)
+
+
 def test_other_caches_are_refused_by_name():
     config = tiny_llama().config
     try:
@@ -495,8 +503,11 @@ def test_weights_of_another_step_are_refused_and_nothing_is_lost():
         cache.cache_truncate(0, query, keys[:, :, 1:])
     with pytest.raises(ValueError, match="query_states must be"):
         cache.cache_truncate(0, query[:, :, 1:], keys)
+    with pytest.raises(ValueError, match="a multiple of the 2 KV heads"):
+        cache.cache_truncate(0, query[:, :3], keys, torch.ones(1, 3, 3, 3))
     held, _ = cache.cache_truncate(0, query, keys, torch.ones(1, 4, 3, 3))
     assert held.shape[2] == 3
+    assert held_positions(cache.layers[0]) == [[0, 1, 2]] * 2
 
 
 def test_padding_in_a_user_forward_is_refused_by_name():
@@ -575,10 +586,11 @@ def test_batch_expansion_and_selection():
         torch.testing.assert_close(feed(model, cache, more), feed(model, expected, more), rtol=1e-9, atol=1e-9)
 
 
-def test_reset_keeps_buffers_and_another_batch_gets_new_ones():
+@pytest.mark.parametrize("include_skipped", [False, True])
+def test_reset_keeps_buffers_and_another_batch_gets_new_ones(include_skipped):
     model = tiny_llama()
     with recipe():
-        cache = new_cache(model, 12)
+        cache = new_cache(model, 12, include_skipped=include_skipped)
         first = feed(model, cache, tokens(1, 30), [20, *([1] * 10)])
         buffer = cache.layers[0].keys.data_ptr()
         cache.reset()
@@ -618,6 +630,53 @@ def test_crop_takes_back_what_was_not_evicted():
         feed(model, cache, tokens(1, 30, seed=1))
         with pytest.raises(RuntimeError, match="until something is evicted"):
             cache.layers[0].crop(-1)
+
+
+def test_crop_of_a_padded_row_takes_back_its_real_tokens_only():
+    model, mask = tiny_llama(), torch.ones(2, 10, dtype=torch.long)
+    mask[0, 7:9] = 0
+    with recipe(), torch.no_grad():
+        cache = new_cache(model, 32)
+        model(tokens(2, 10), attention_mask=mask, past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.seen.tolist() == [8, 10]
+    layer.crop(-4)
+    assert layer.seen.tolist() == [6, 6]
+    assert held_positions(layer, 0)[0] == held_positions(layer, 1)[0] == list(range(6))
+
+
+def test_what_is_shown_as_tuples_is_what_is_held():
+    cache = FixedSizeDynamicCache(cache_size=4)
+    held = step(cache, torch.randn(1, 2, 9, 3), torch.randn(1, 2, 9, 3), torch.rand(1, 2, 9, 9))
+    for keys, values in (cache[0], next(iter(cache)), cache.to_legacy_cache()[0]):
+        assert torch.equal(keys, held[0]) and torch.equal(values, held[1])
+
+
+def test_a_layer_that_holds_nothing_says_so():
+    cache = FixedSizeDynamicCache(config=tiny_llama().config, cache_size=4)
+    with pytest.raises((RuntimeError, IndexError)):
+        cache.key_cache[0]
+
+
+def test_no_new_token_is_refused():
+    cache = FixedSizeDynamicCache(cache_size=4)
+    with pytest.raises(ValueError, match="there must be at least one new token"):
+        cache.update(torch.ones(1, 2, 0, 3), torch.ones(1, 2, 0, 3), 0)
+
+
+def test_random_eviction_differs_between_heads():
+    cache = FixedSizeDynamicCache(cache_size=16, policy="random")
+    step(cache, torch.randn(1, 4, 200, 3), torch.randn(1, 4, 200, 3), torch.zeros(1, 4, 200, 200))
+    assert len({tuple(head) for head in held_positions(cache.layers[0])}) == 4
+
+
+def test_a_nan_score_outlives_finite_ones():
+    cache = FixedSizeDynamicCache(cache_size=2, **PLAIN)
+    step(cache, one_token(0.0), one_token(0.0), torch.full((1, 2, 1, 1), float("nan")))
+    for value in (1.0, 2.0, 3.0):
+        T = min(cache.get_seq_length(), 2)
+        step(cache, one_token(value), one_token(value), last_column(T + 1))
+    assert held_positions(cache.layers[0]) == [[0, 3]] * 2
 
 
 def test_repr_and_lazy_names():

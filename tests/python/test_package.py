@@ -78,6 +78,8 @@ def test_what_does_not_fit_is_said_in_one_sentence(build, torch_version, torch_c
         ("4.9.0", "unsupported"),
         ("4.48.3", "untested"),
         ("4.50.0.dev0", "untested"),
+        ("4.54.1", "unsupported"),
+        ("4.55.4", "unsupported"),
         ("5.0.0", "tested"),
         ("5.100.0", "untested"),
     ],

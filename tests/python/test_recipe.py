@@ -13,6 +13,7 @@ from stories import load_model, needs_stories
 from transformers import DynamicCache
 
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
+from fixed_size_kv_cache.layer import FixedSizeLayer
 
 # The text that users were given, character for character, but for the line that it lacks.
 SNIPPET = """\
@@ -181,18 +182,19 @@ def test_pads_in_the_middle_are_the_solo_run(cache_size):
         assert held_positions(layer) == held_positions(other)
 
 
-def test_beams_are_independent_runs():
+@pytest.mark.parametrize("include_skipped", [False, True])
+def test_beams_are_independent_runs(include_skipped):
     """Reordering the rows of a cache moves all of their state."""
     model, ids = tiny_llama(), tokens(3, 40)
     order = torch.tensor([2, 0, 2])
     with recipe():
-        cache = new_cache(model, 16)
+        cache = new_cache(model, 16, include_skipped=include_skipped)
         feed(model, cache, ids, [25, *([1] * 15)])
         cache.reorder_cache(order)
         more = tokens(3, 10, seed=5)
         logits = feed(model, cache, more)
         for row in range(3):
-            alone = new_cache(model, 16)
+            alone = new_cache(model, 16, include_skipped=include_skipped)
             feed(model, alone, ids[order[row]][None], [25, *([1] * 15)])
             expected = feed(model, alone, more[row][None])
             torch.testing.assert_close(logits[row], expected[0], rtol=1e-9, atol=1e-9)
@@ -223,6 +225,45 @@ def test_attention_weights_are_returned_when_asked_for():
             got = model(tokens(1, 12), output_attentions=True, past_key_values=new_cache(model, 32)).attentions
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_a_packed_mask_is_obeyed():
+    """Two texts in one row that must not see each other."""
+    model, ids = tiny_llama(), tokens(1, 12)
+    block = torch.ones(12, 12, dtype=torch.bool).tril()
+    block[7:, :7] = False
+    mask = torch.zeros(1, 1, 12, 12, dtype=torch.float64).masked_fill(~block, torch.finfo(torch.float64).min)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+        with recipe():
+            logits = model(ids, attention_mask=mask, past_key_values=new_cache(model, 16)).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_forward_attends_to_the_entry_of_the_evicted_tokens(monkeypatch):
+    model, ids = tiny_llama(), tokens(1, 30)
+    with recipe():
+        with_entry = feed(model, new_cache(model, 12, include_skipped=True), ids)
+        monkeypatch.setattr(FixedSizeLayer, "skipped", None)
+        without = feed(model, new_cache(model, 12, include_skipped=True), ids)
+    assert torch.equal(with_entry[:, :11], without[:, :11])
+    assert (with_entry[:, -1] - without[:, -1]).abs().max() > 1e-3
+
+
+def test_a_forward_that_broke_off_between_layers_is_noticed():
+    model, cache = tiny_llama(), None
+    with recipe(), torch.no_grad():
+        cache = new_cache(model, 16)
+        model(tokens(1, 8), past_key_values=cache)
+        broken = model.model.layers[1].mlp
+        model.model.layers[1].mlp = None
+        with pytest.raises(TypeError):
+            model(tokens(1, 1), past_key_values=cache)
+        model.model.layers[1].mlp = broken
+        with pytest.raises(RuntimeError, match=r"broke off between layers: call reset\(\)"):
+            model(tokens(1, 1), past_key_values=cache)
+        cache.reset()
+        model(tokens(1, 1), past_key_values=cache)
 
 
 def test_two_turns_on_one_cache():
@@ -301,16 +342,16 @@ def test_a_user_forward_as_the_readme_shows():
         assert held_positions(layer) == held_positions(other)
 
 
-def test_stock_cache_is_adopted_in_place_after_its_own_update():
+@pytest.mark.parametrize("Q", [1, 20])
+def test_stock_cache_is_adopted_in_place_after_its_own_update(Q):
     """As in the original: the stock update has run when cache_truncate is called for the first time."""
     stock = DynamicCache()
-    keys, values = torch.randn(1, 2, 20, 4), torch.randn(1, 2, 20, 4)
+    keys, values = torch.randn(1, 2, Q, 4), torch.randn(1, 2, Q, 4)
     stock.update(keys, values, 0)
     cache = FixedSizeDynamicCache.from_legacy_cache(stock, 0)
     assert cache is stock and isinstance(stock, FixedSizeDynamicCache)
-    held = cache.cache_truncate(0, torch.randn(1, 4, 20, 4), keys)
-    assert held[0].shape == (1, 2, 20, 4)
-    assert torch.equal(held[0], keys)
+    held = cache.cache_truncate(0, torch.randn(1, 4, Q, 4), keys)
+    assert torch.equal(held[0], keys) and torch.equal(held[1], values)
 
 
 def test_the_snippet_in_this_test_is_the_one_that_users_were_given():
