@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from llamas import feed, held_positions, new_cache, recipe, tiny_llama, tokens
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, MistralConfig, StaticCache, cache_utils
 
 import fixed_size_kv_cache
 from fixed_size_kv_cache import reference
@@ -440,6 +440,20 @@ def test_a_stock_cache_that_offloads_is_refused():
     stock.offloading = True
     with pytest.raises(TypeError, match="DynamicCache with offloading"):
         FixedSizeDynamicCache.from_legacy_cache(stock, 0)
+
+
+def test_a_quantized_cache_is_refused_by_name():
+    """Making one needs a quantizer that is not installed; its class is what matters."""
+    quantized = cache_utils.QuantizedCache.__new__(cache_utils.QuantizedCache)
+    with pytest.raises(TypeError, match=r"cannot take over a QuantizedCache.*FixedSizeDynamicCache"):
+        FixedSizeDynamicCache.from_legacy_cache(quantized, 0)
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "DynamicLayer"), reason="a cache has no layers before transformers 4.56")
+def test_sliding_layers_are_refused_by_name():
+    config = MistralConfig(num_hidden_layers=2, sliding_window=8, hidden_size=16, num_attention_heads=2)
+    with pytest.raises(TypeError, match=r"DynamicCache with layers of type DynamicSlidingWindowLayer"):
+        FixedSizeDynamicCache.from_legacy_cache(DynamicCache(config=config), 0)
 
 
 def test_other_caches_are_refused_by_name():
