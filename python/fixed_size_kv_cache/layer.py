@@ -3,7 +3,6 @@
 
 import math
 import weakref
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,8 +10,9 @@ from torch import Tensor
 from . import score_rule
 from ._compat import DynamicLayer, query_length
 from .attention import Skipped, attend
-from .masks import NewTokens, read_mask
+from .masks import read_mask
 from .settings import Settings
+from .stage import Stage
 
 PER_SLOT = ("keys", "values", "scores", "positions", "value_weights", "redundancy")
 PER_ROW = ("seen", "skipped_keys", "skipped_values", "skipped_count")
@@ -21,26 +21,6 @@ NO_REPORT = (
     "the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your attention; after an error "
     "inside a step call reset()"
 )
-
-
-@dataclass
-class Stage:
-    """The new tokens of a step, between ``update`` and the end of its attention."""
-
-    keys: Tensor  # [B, H, Q, D]
-    values: Tensor  # [B, H, Q, D]
-    all_keys: Tensor  # [B, H, T + Q, D], what update returned
-    all_values: Tensor
-    new: NewTokens | None = None  # what the mask says about them, once somebody has read it
-
-    @property
-    def valid(self) -> Tensor | None:
-        """Which new tokens are not padding, ``[B, Q]``; None: all."""
-        return None if self.new is None else self.new.valid
-
-    @property
-    def queries(self) -> int:
-        return self.keys.shape[2]
 
 
 class FixedSizeLayer(DynamicLayer):
