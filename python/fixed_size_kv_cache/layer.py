@@ -14,7 +14,8 @@ from .masks import read_mask
 from .settings import Settings
 from .stage import Stage
 
-PER_SLOT = ("keys", "values", "scores", "positions", "value_weights", "redundancy")
+TOKEN_FACTS = ("scores", "positions", "value_weights", "redundancy")
+PER_SLOT = ("keys", "values", *TOKEN_FACTS)
 PER_ROW = ("seen", "skipped_keys", "skipped_values", "skipped_count")
 NO_REPORT = (
     "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. Use "
@@ -188,7 +189,7 @@ class FixedSizeLayer(DynamicLayer):
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention of the staged step's queries ``[B, Hq, Q, D]``: output and probabilities, see ``attention.attend``.
 
-        ``mask`` is the model's attention mask; only which new tokens are padding is read from it.
+        ``mask`` is the model's attention mask; only what it says about the new tokens is read, see ``masks.read_mask``.
         """
         stage = self._stage("attend")
         stage.new = read_mask(mask, query.shape[0], stage.queries, self.columns)
@@ -246,7 +247,8 @@ class FixedSizeLayer(DynamicLayer):
 
     def _fold_one(self, stage: Stage, weights: Tensor, valid: Tensor, positions: Tensor, votes) -> None:
         T, N = self.held_slots, self.settings.slots
-        self._describe_new(slice(T, T + 1), stage, valid, positions)
+        for name, x in self._new_facts(stage, valid, positions).items():
+            getattr(self, name)[:, :, T : T + 1] = x
         torch.ops.fsdc.accumulate_scores_(self.scores[:, :, : T + 1], weights, *votes)
         if self.settings.redundancy > 0:
             score_rule.raise_redundancy(
@@ -268,7 +270,7 @@ class FixedSizeLayer(DynamicLayer):
         for name, new in (("keys", stage.keys), ("values", stage.values)):
             slots = getattr(self, name)
             slots.scatter_(2, victim[..., None].expand(-1, -1, -1, slots.shape[-1]), new)
-        for name in PER_SLOT[2:]:
+        for name in TOKEN_FACTS:
             slots = getattr(self, name)
             slots.scatter_(2, victim, slots[:, :, N:].clone())
         self._clear(N)
@@ -276,13 +278,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def _fold_chunk(self, stage: Stage, weights: Tensor, valid: Tensor, positions: Tensor, votes) -> None:
         T, N, Q = self.held_slots, self.settings.slots, stage.queries
-        B, H = stage.keys.shape[:2]
-        new = {
-            "scores": torch.where(valid, 0.0, -math.inf)[:, None].expand(B, H, Q),
-            "positions": positions[:, None].expand(B, H, Q),
-            "value_weights": stage.values.float().norm(dim=-1),
-            "redundancy": torch.zeros(B, H, Q, device=self.device),
-        }
+        new = self._new_facts(stage, valid, positions)
         state = {name: torch.cat([getattr(self, name)[:, :, :T], x], dim=2) for name, x in new.items()}
         torch.ops.fsdc.accumulate_scores_(state["scores"], weights, *votes)
         if self.settings.redundancy > 0:
@@ -344,14 +340,18 @@ class FixedSizeLayer(DynamicLayer):
             for new, old in ((keys, self.keys), (values, self.values))
         )
 
-    def _describe_new(self, slots: slice, stage: Stage, valid: Tensor, positions: Tensor) -> None:
-        self.positions[:, :, slots] = positions[:, None]
-        self.scores[:, :, slots] = torch.where(valid, 0.0, -math.inf)[:, None]
-        self.value_weights[:, :, slots] = stage.values.float().norm(dim=-1)
-        self.redundancy[:, :, slots] = 0.0
+    def _new_facts(self, stage: Stage, valid: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """What is known of the new tokens before anybody has voted, each ``[B, H, Q]``."""
+        B, H, Q = stage.keys.shape[:3]
+        return {
+            "scores": torch.where(valid, 0.0, -math.inf)[:, None].expand(B, H, Q),
+            "positions": positions[:, None].expand(B, H, Q),
+            "value_weights": stage.values.float().norm(dim=-1),
+            "redundancy": torch.zeros(B, H, Q, device=self.device),
+        }
 
     def _eviction_scores(self) -> Tensor:
-        state = {name: getattr(self, name) for name in PER_SLOT[2:]}
+        state = {name: getattr(self, name) for name in TOKEN_FACTS}
         return score_rule.eviction_scores(**state, seen=self.seen, settings=self.settings)
 
     def _add_skipped(self, keys: Tensor, values: Tensor, lost: Tensor) -> None:
