@@ -3,6 +3,9 @@
 
 import json
 import platform
+import sys
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -19,9 +22,17 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Makes typer ask for a subcommand while there is only one."""
+class Task(str, Enum):
+    needle = "needle"
+    zipf = "zipf"
+    recency = "recency"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 @app.command()
@@ -35,6 +46,74 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
     for name, value in facts.items():
         table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
     Console(soft_wrap=True).print(table, highlight=False)
+
+
+@app.command()
+def demo(
+    task: Annotated[Task, typer.Option(help="What the live part reads; the table shows all three.")] = Task.zipf,
+    cache_size: Annotated[int, typer.Option(min=2, max=256, help="Tokens per layer and KV head.")] = 48,
+    length: Annotated[int, typer.Option(min=128, max=512, help="Words of a text; the model learned from 512.")] = 512,
+    seed: Annotated[int, typer.Option(help="Chooses the texts.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Watch caches of one size answer questions about what they read, beside the full cache."""
+    from .recall import demo as demonstration  # transformers takes seconds to import
+
+    _quiet()
+    demonstration.show(task.value, cache_size, length, seed, as_json)
+
+
+@app.command()
+def generate(
+    stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="- reads the prompt from standard input.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub name; else the embedded model.")] = None,
+    cache_size: Annotated[int, typer.Option(help="Tokens per layer and KV head.")] = 1024,
+    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with that text, - for standard input.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn: apply the chat template.")] = False,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as saved.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")] = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Run the stock cache too, show where they part.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the text.")] = False,
+) -> None:
+    """Write text with a cache of fixed size: the text on stdout, figures on stderr."""
+    text = _prompt(stdin, prompt, prompt_file)
+    from . import generate as generation
+
+    _quiet()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        generation.run(model, cache_size, text, max_new_tokens, chat, dtype.value, device, compare, as_json)
+    except generation.Refused as error:
+        print(f"fsdc generate: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:
+    """The one prompt that was given."""
+    if stdin not in (None, "-"):
+        raise typer.BadParameter(f"the only argument is -, for standard input; got {stdin!r}. Use --prompt TEXT")
+    given = [x for x in (stdin, prompt, prompt_file) if x is not None]
+    if len(given) != 1:
+        raise typer.BadParameter("give one prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
+    if prompt is not None:
+        return prompt
+    if stdin == "-" or str(prompt_file) == "-":
+        return sys.stdin.read()
+    try:
+        return prompt_file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--prompt-file {prompt_file}: {error}") from error
+
+
+def _quiet() -> None:
+    """Keeps what transformers says while it loads out of our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def collect() -> dict[str, str | list[str]]:

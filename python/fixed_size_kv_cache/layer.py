@@ -46,6 +46,7 @@ class FixedSizeLayer(DynamicLayer):
         self.is_initialized = False
         self.settings = settings or Settings()
         self.columns = 0  # S: tokens seen, padding included
+        self.group = 1  # query heads per KV head
         self.is_ordered = True  # slots are in token order
         self.may_have_holes = False  # a mask came, so some slots in use may be empty for want of a token
         self.staged: Stage | None = None
@@ -234,6 +235,7 @@ class FixedSizeLayer(DynamicLayer):
                 f"attention weights must have the {Q} queries and {stage.all_keys.shape[2]} columns of this step, as "
                 f"update() returned them; got sizes {list(weights.shape)}"
             )
+        self.group = weights.shape[1] // H
         if stage.valid is not None:
             self.may_have_holes = True
         valid = torch.ones(B, Q, dtype=torch.bool, device=self.device) if stage.valid is None else stage.valid
@@ -285,7 +287,7 @@ class FixedSizeLayer(DynamicLayer):
             score_rule.raise_redundancy(state["redundancy"], stage.all_keys, state["positions"], stage.keys, positions)
         keys, values = stage.all_keys, stage.all_values
         if T + Q > N:
-            eviction = score_rule.eviction_scores(**state, seen=self.seen, settings=self.settings)
+            eviction = score_rule.eviction_scores(**state, seen=self.seen, settings=self.settings, group=self.group)
             keys, values, kept = torch.ops.fsdc.truncate(keys, values, eviction, N)
             if self.settings.include_skipped:
                 lost = (state["positions"] >= 0).scatter(2, kept, False)
@@ -352,7 +354,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def _eviction_scores(self) -> Tensor:
         state = {name: getattr(self, name) for name in TOKEN_FACTS}
-        return score_rule.eviction_scores(**state, seen=self.seen, settings=self.settings)
+        return score_rule.eviction_scores(**state, seen=self.seen, settings=self.settings, group=self.group)
 
     def _add_skipped(self, keys: Tensor, values: Tensor, lost: Tensor) -> None:
         """Adds the tokens ``[B, H, S, D]`` where ``lost`` ``[B, H, S]`` says so to the entry of the evicted ones."""

@@ -7,6 +7,7 @@ It attends to what the cache holds, reports its weights to the cache, and lets i
 that the config names is not used, so the line that sets "eager" is not needed any more.
 """
 
+import types
 from typing import Any
 
 from torch import Tensor
@@ -63,3 +64,17 @@ def forward(
         attention_mask,
     )
     return attn_output, attn_weights.to(query_states.dtype)
+
+
+def bind(model: Any) -> Any:
+    """Gives ``forward`` to one LLaMA model instead of to the class, and returns the model.
+
+    Raises:
+        TypeError: for a model without LLaMA attention.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LlamaAttention)]
+    if not layers:
+        raise TypeError(f"bind: the model must have LlamaAttention; got {type(model).__name__}")
+    for layer in layers:
+        layer.forward = types.MethodType(forward, layer)
+    return model

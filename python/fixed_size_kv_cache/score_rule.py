@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which token goes: the eviction score ``e = s * w * (1 - rho * r)`` and its order.
+"""Which token goes: the eviction score ``e = (s + p) * w * (1 - rho * r)`` and its order.
 
-``s`` is the decayed sum of the attention that a token received, ``w`` the norm of its value, and ``r`` the largest
-cosine between its key and any newer key seen since. The least goes; from first to last: empty slots, finite scores,
-NaN, protected tokens; of equal ones the older. ``docs/eviction.md`` says where the rule comes from.
+``s`` is the decayed sum of the attention that a token received, ``p`` what every token is credited with, ``w`` the norm
+of its value, and ``r`` the largest cosine between its key and any newer key seen since. The least goes; from first to
+last: empty slots, finite scores, NaN, protected tokens; of equal ones the older. ``docs/eviction.md`` says where the
+rule comes from.
 """
 
 import torch
@@ -41,15 +42,19 @@ def eviction_scores(
     redundancy: Tensor,  # [B, H, S]
     seen: Tensor,  # [B]
     settings: Settings,
+    group: int,
 ) -> Tensor:
-    """The eviction score ``[B, H, S]`` in float32: -inf for empty slots, +inf for protected tokens."""
+    """The eviction score ``[B, H, S]`` in float32: -inf for empty slots, +inf for protected tokens.
+
+    ``group`` is the number of query heads per KV head, whose attention ``scores`` sums up.
+    """
     if settings.policy == "streaming":
         free = torch.zeros_like(scores)  # all tie, so the oldest goes
     elif settings.policy == "random":
         free = _hash(positions)
     else:
         weight = value_weights if settings.value_weight else 1.0
-        free = scores * weight * (1.0 - settings.redundancy * redundancy)
+        free = (scores + settings.score_prior * group) * weight * (1.0 - settings.redundancy * redundancy)
         free = torch.where(scores.isfinite(), free, scores)
     first_recent = (seen - settings.recent_tokens)[:, None, None]
     protected = (positions < settings.sink_tokens) | (positions >= first_recent)

@@ -25,8 +25,10 @@ class Settings:
         cache_size: tokens per layer and KV head, at least 1. With ``include_skipped`` one of them is the entry of the
             skipped tokens, so at least 2.
         sink_tokens: the first tokens of each row, never evicted. Default ``min(4, N // 4)`` of the ``N`` token slots.
-        recent_tokens: the last tokens of each row, never evicted. Default ``min(N // 2, N - sink_tokens)``.
-        score_decay: gamma in (0, 1], what is left of a score after each query. Default ``1 - 2 / max(cache_size, 4)``.
+        recent_tokens: the last tokens of each row, never evicted. Default ``N // 4``.
+        score_decay: gamma in (0, 1], what is left of a score after each query. Default ``1 - 4 / max(cache_size, 8)``.
+        score_prior: attention, per query head of the group, that every token is credited with, so that a token nobody
+            has asked for yet can outlive a redundant one that was attended to; at least 0.
         value_weight: weigh a score with the norm of the token's value.
         redundancy: rho in [0, 1], how much a token loses when a newer key points the same way.
         include_skipped: keep the sum of all evicted tokens as one more entry.
@@ -41,8 +43,9 @@ class Settings:
     sink_tokens: int | None = None
     recent_tokens: int | None = None
     score_decay: float | None = None
+    score_prior: float = 0.05
     value_weight: bool = True
-    redundancy: float = 0.9
+    redundancy: float = 0.95
     include_skipped: bool | None = None
     skipped_mode: str = "mean"
     free_memory: bool | None = None
@@ -60,9 +63,9 @@ class Settings:
         _check_int("cache_size", self.cache_size, 2 if self.include_skipped else 1)
         choose("sink_tokens", min(4, self.slots // 4))
         _check_int("sink_tokens", self.sink_tokens, 0)
-        choose("recent_tokens", max(0, min(self.slots // 2, self.slots - self.sink_tokens)))
+        choose("recent_tokens", max(0, min(self.slots // 4, self.slots - self.sink_tokens)))
         _check_int("recent_tokens", self.recent_tokens, 0)
-        choose("score_decay", 1 - 2 / max(self.cache_size, 4))
+        choose("score_decay", 1 - 4 / max(self.cache_size, 8))
         self._check_rest()
 
     @property
@@ -83,6 +86,8 @@ class Settings:
             )
         if not 0 < self.score_decay <= 1:
             raise ValueError(f"score_decay must be above 0 and at most 1; got {self.score_decay}")
+        if not 0 <= self.score_prior < float("inf"):
+            raise ValueError(f"score_prior must be at least 0 and finite; got {self.score_prior}")
         if not 0 <= self.redundancy <= 1:
             raise ValueError(f"redundancy must be from 0 to 1; got {self.redundancy}")
         if self.skipped_mode not in SKIPPED_MODES:

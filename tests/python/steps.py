@@ -3,7 +3,7 @@
 
 import torch
 
-PLAIN = dict(score_decay=1.0, value_weight=False, redundancy=0.0, sink_tokens=0, recent_tokens=0)
+PLAIN = dict(score_decay=1.0, score_prior=0.0, value_weight=False, redundancy=0.0, sink_tokens=0, recent_tokens=0)
 
 
 def step(cache, keys, values, weights, layer_idx=0):

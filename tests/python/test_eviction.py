@@ -80,15 +80,15 @@ def test_a_cache_of_one_token_keeps_the_better_one():
 
 
 def test_the_score_rule():
-    settings = Settings(cache_size=8, sink_tokens=1, recent_tokens=1, redundancy=0.5)
+    settings = Settings(cache_size=8, sink_tokens=1, recent_tokens=1, redundancy=0.5, score_prior=0.05)
     nan, inf = float("nan"), float("inf")
     scores = torch.tensor([[[0.1, 0.4, 0.4, nan, inf, -inf, 0.2]]])
     positions = torch.tensor([[[0, 1, 2, 3, 4, -1, 6]]], dtype=torch.int32)
     weights = torch.tensor([[[9.0, 2.0, 1.0, 5.0, 0.0, 1.0, 1.0]]])
     redundancy = torch.tensor([[[0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]]])
-    e = eviction_scores(scores, positions, weights, redundancy, torch.tensor([7]), settings)
+    e = eviction_scores(scores, positions, weights, redundancy, torch.tensor([7]), settings, group=2)
     assert e[0, 0, [0, 4, 5, 6]].tolist() == [inf, inf, -inf, inf]
-    assert e[0, 0, 1].item() == pytest.approx(0.4 * 2 * 0.5) and e[0, 0, 2].item() == pytest.approx(0.4)
+    assert e[0, 0, 1].item() == pytest.approx(0.5 * 2 * 0.5) and e[0, 0, 2].item() == pytest.approx(0.5)
     assert e[0, 0, 3].isnan()
     order = []
     for _ in range(7):
@@ -146,7 +146,7 @@ def test_decoding_evicts_as_a_sorted_list_would():
     torch.manual_seed(0)
     C, H, D = 9, 2, 4
     cache = FixedSizeDynamicCache(cache_size=C, sink_tokens=1, recent_tokens=3)
-    gamma, rho = cache.settings.score_decay, cache.settings.redundancy
+    gamma, rho, prior = cache.settings.score_decay, cache.settings.redundancy, cache.settings.score_prior
     lists: list[list[dict]] = [[] for _ in range(H)]
     for position in range(60):
         key, value = torch.randn(1, H, 1, D), torch.randn(1, H, 1, D)
@@ -168,7 +168,9 @@ def test_decoding_evicts_as_a_sorted_list_would():
                 token["s"] = gamma * token["s"] + mass[token["position"]]
             if len(lists[h]) > C:
                 free = [t for t in lists[h] if 1 <= t["position"] < position + 1 - 3]
-                victim = min(free, key=lambda t: ((t["s"] * t["norm"] * (1 - rho * t["r"])).item(), t["position"]))
+                victim = min(
+                    free, key=lambda t: (((t["s"] + prior) * t["norm"] * (1 - rho * t["r"])).item(), t["position"])
+                )
                 lists[h].remove(victim)
             assert held_positions(layer)[h] == [t["position"] for t in lists[h]], (position, h)
 

@@ -7,19 +7,30 @@ from llamas import new_cache, recipe
 from stories import BOS, decode, load_model, needs_stories
 
 STORIES, LENGTH, FIRST = 16, 400, 128
-RULES = {
-    "default": {},
-    "window": dict(policy="streaming", sink_tokens=0),
-    "accumulated": dict(score_decay=1.0, value_weight=False, redundancy=0.0),
-    "streaming": dict(policy="streaming"),
-    "random": dict(policy="random"),
-}
+
+
+def rules(cache_size: int) -> dict[str, dict]:
+    """The default and what it is compared with, each with the protected share that serves it best."""
+    half = cache_size // 2
+    return {
+        "default": {},
+        "window": dict(policy="streaming", sink_tokens=0),
+        "accumulated": dict(score_decay=1.0, score_prior=0.0, value_weight=False, redundancy=0.0, recent_tokens=half),
+        "streaming": dict(policy="streaming"),
+        "random": dict(policy="random", recent_tokens=half),
+    }
+
+
 # of the window's and of plain accumulation's divergence, at most
-GOALS = {24: (0.75, 0.50), 48: (0.50, 0.35), 96: (0.35, 0.25)}
+GOALS = {24: (0.64, 0.41), 48: (0.34, 0.27), 96: (0.20, 0.17)}
 
 
 @pytest.fixture(scope="module")
 def told():
+    return tell()
+
+
+def tell():
     """The model, its own stories [16, 401], and its log probabilities with the full cache."""
     model = load_model()
     torch.manual_seed(0)
@@ -53,7 +64,7 @@ def test_the_loader_reads_the_model(told):
 @needs_stories
 @pytest.mark.parametrize("cache_size", GOALS)
 def test_the_default_rule_stays_closest_to_the_full_cache(cache_size, told, record_property, capsys):
-    found = {name: divergence(told, cache_size, **settings) for name, settings in RULES.items()}
+    found = {name: divergence(told, cache_size, **settings) for name, settings in rules(cache_size).items()}
     with capsys.disabled():
         print(f"\nKL to the full cache, C={cache_size}: " + ", ".join(f"{n} {x:.4f}" for n, x in found.items()))
     of_window, of_accumulated = GOALS[cache_size]
@@ -72,6 +83,6 @@ def test_the_default_rule_beats_random_on_a_tiny_model():
     found = {}
     with recipe():
         for name in ("default", "random"):
-            logits = feed(model, new_cache(model, 48, **RULES[name]), ids).log_softmax(-1)
+            logits = feed(model, new_cache(model, 48, **rules(48)[name]), ids).log_softmax(-1)
             found[name] = (full.exp() * (full - logits))[:, 64:].sum(-1).mean().item()
     assert 0 < found["default"] < found["random"]

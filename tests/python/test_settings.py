@@ -37,6 +37,8 @@ def test_an_unknown_setting_is_refused():
         ),
         (dict(sink_tokens=-1), ValueError, "sink_tokens must be at least 0; got -1"),
         (dict(score_decay=0.0), ValueError, "score_decay must be above 0 and at most 1; got 0.0"),
+        (dict(score_prior=-0.1), ValueError, "score_prior must be at least 0 and finite; got -0.1"),
+        (dict(score_prior=math.nan), ValueError, "score_prior must be at least 0 and finite; got nan"),
         (dict(score_decay=math.nan), ValueError, "score_decay must be above 0"),
         (dict(redundancy=1.1), ValueError, "redundancy must be from 0 to 1; got 1.1"),
         (dict(policy="lru"), ValueError, "policy must be one of attention, streaming, random; got 'lru'"),
@@ -49,7 +51,7 @@ def test_settings_out_of_range(settings, error, text):
 
 
 @pytest.mark.parametrize(
-    "size, sinks, recent, decay", [(1, 0, 0, 0.5), (2, 0, 1, 0.5), (7, 1, 3, 1 - 2 / 7), (1024, 4, 512, 1 - 2 / 1024)]
+    "size, sinks, recent, decay", [(1, 0, 0, 0.5), (2, 0, 0, 0.5), (9, 2, 2, 1 - 4 / 9), (1024, 4, 256, 1 - 4 / 1024)]
 )
 def test_default_settings(size, sinks, recent, decay):
     made = Settings(cache_size=size)

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fsdc demo``: caches of the same size answer questions side by side, live, then in a table over tasks and sizes."""
+
+import json
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import track
+
+from . import demo_view
+from .contest import NAMES, TEXTS, compare, race
+
+
+def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> None:
+    """The whole demonstration. In a terminal live, else as plain lines; with ``as_json`` one JSON object."""
+    sizes = [max(1, cache_size // 2), cache_size, 2 * cache_size]
+    console = Console(stderr=as_json)
+    if console.is_terminal and not as_json:
+        console.print(demo_view.introduction(task, cache_size, length))
+        with Live(console=console, refresh_per_second=12) as live:
+            for state in race(task, cache_size, length, seed):
+                live.update(demo_view.picture(state))
+    else:
+        asked = 0
+        for state in race(task, cache_size, length, seed):
+            if state.asked > asked and not as_json:
+                print(demo_view.line(state), flush=True)
+            asked = state.asked
+    rows = [
+        row
+        for rows in track(
+            compare(sizes, length, seed),
+            total=1 + (len(NAMES) - 1) * len(sizes),
+            description=f"{3 * TEXTS} texts, {len(sizes)} sizes",
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        for row in rows
+    ]
+    if as_json:
+        print(json.dumps({"length": length, "seed": seed, "live": state.facts(), "recall": rows}, indent=2))
+        return
+    if not console.is_terminal:
+        for lane in state.facts()["contenders"]:
+            print(", ".join(f"{name} {value}" for name, value in lane.items()))
+    console.print(demo_view.table(rows, sizes, length))
