@@ -165,6 +165,16 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def for_transformers_4(folder: Path) -> None:
+    """Says again what transformers 5 has written where 4 does not look."""
+    for name, facts in (
+        ("config.json", {"rope_theta": ROPE_THETA}),
+        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    ):
+        facts = json.loads((folder / name).read_text()) | facts
+        (folder / name).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+
 CARD = """\
 # The embedded recall model
 
@@ -235,10 +245,8 @@ def main() -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(bos_token_id=0, pad_token_id=0)
     model.save_pretrained(arguments.output)
-    config = arguments.output / "config.json"
-    facts = json.loads(config.read_text()) | {"rope_theta": ROPE_THETA}  # transformers 4 looks for it here
-    config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
     tokenizer().save_pretrained(arguments.output)
+    for_transformers_4(arguments.output)
     (arguments.output / "README.md").write_text(card(model, found, read, time.time() - began, texts))
     print(json.dumps(found, indent=2))
     right, asked = (sum(column) for column in zip(*(c for b in found.values() for c in b.values()), strict=True))

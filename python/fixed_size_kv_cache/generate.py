@@ -61,10 +61,13 @@ def load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
         if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
             raise Refused(f"--model must be a decoder-only language model; {where} is {config.model_type}")
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype).eval()
+    except (OSError, ValueError) as error:
         raise Refused(f"--model {where}: {str(error).strip()}") from error
-    return model, tokenizer
+    try:
+        return model.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise Refused(f"--device {device}: {str(error).strip()}") from error
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool, embedded: bool) -> Tensor:
@@ -79,13 +82,13 @@ def encode(tokenizer: Any, prompt: str, chat: bool, embedded: bool) -> Tensor:
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids
     if ids.shape[1] == 0:
         raise Refused("the prompt must have at least one token; got none")
-    if embedded and (ids == tokenizer.unk_token_id).any():
-        known = tokenizer.get_vocab()
-        unknown = sorted({word for word in tokenizer.tokenize(prompt) if word not in known})
-        raise Refused(
-            f"the embedded model knows {len(known)} words (fsdc demo shows them); not {', '.join(unknown)}. "
-            "Try 'the code of maple is 47 . what is the code of maple ?', or another --model"
-        )
+    if embedded:
+        words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(prompt)]
+        if unknown := sorted(set(words) - tokenizer.get_vocab().keys()):
+            raise Refused(
+                f"the embedded model knows {len(tokenizer)} words (fsdc demo shows them); not {', '.join(unknown)}. "
+                "Try 'the code of maple is 47 . what is the code of maple ?', or another --model"
+            )
     return ids
 
 

@@ -43,10 +43,11 @@ def test_links_lead_somewhere(document):
         assert ((ROOT / document).parent / link).exists(), link
 
 
-def test_readme_figures_are_those_of_the_results(monkeypatch):
+def test_figures_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks/python")
-    from readme_table import rendered
+    import tables
 
-    readme = (ROOT / "README.md").read_text()
-    assert "us (" in readme
-    assert rendered(readme) == readme
+    for name in tables.DOCUMENTS:
+        document = (ROOT / name).read_text()
+        assert tables.BLOCK.search(document), name
+        assert tables.rendered(document) == document, name

@@ -2,7 +2,10 @@
 """``fsdc demo``: caches of the same size answer questions side by side, live, then in a table over tasks and sizes."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress import track
@@ -11,12 +14,24 @@ from . import demo_view
 from .contest import NAMES, TEXTS, compare, race
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """So small a model is faster so, and figures do not depend on the number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> None:
     """The whole demonstration. In a terminal live, else as plain lines; with ``as_json`` one JSON object."""
     sizes = [max(1, cache_size // 2), cache_size, 2 * cache_size]
     console = Console(stderr=as_json)
     if console.is_terminal and not as_json:
-        console.print(demo_view.introduction(task, cache_size, length))
+        console.print(demo_view.introduction(task, cache_size, length), highlight=False)
         with Live(console=console, refresh_per_second=12) as live:
             for state in race(task, cache_size, length, seed):
                 live.update(demo_view.picture(state))

@@ -10,6 +10,7 @@ from . import language
 from .contest import NAMES, Race
 
 LINES, WIDTH = 5, 96  # of the text that scrolls by
+ANSWERS = 5
 ABOUT = {
     "needle": "a few facts at the start, filler, and each is asked for once, long after",
     "zipf": "some facts are asked for often, most seldom",
@@ -33,12 +34,14 @@ def introduction(task: str, cache_size: int, length: int) -> str:
 def picture(state: Race) -> Group:
     """The text that scrolls by and a line for each contender."""
     table = Table(box=None, pad_edge=False)
-    for name in ("", "", "last answers", "right", "tokens held", "of seen", "cache", "tokens/s"):
-        table.add_column(name, justify="left" if name in ("", "last answers") else "right")
+    for name in ("", "", f"last {ANSWERS} answers"):
+        table.add_column(name, no_wrap=True)
+    for name in ("right", "tokens held", "of seen", "cache", "tokens/s"):
+        table.add_column(name, justify="right")
     answers = [state.text.words[at] for at, _ in state.text.answers]
     for lane in state.lanes:
         who = lane.contender
-        last = list(zip(lane.guesses, answers, strict=False))[-6:]
+        last = list(zip(lane.guesses, answers, strict=False))[-ANSWERS:]
         given = Text(" ").join(Text(guess, "green" if guess == answer else "red strike") for guess, answer in last)
         table.add_row(
             Text(who.name, "bold"),

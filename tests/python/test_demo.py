@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fsdc demo``: what it prints, in a terminal and not, and that its figures are the committed ones."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fixed_size_kv_cache import cli
+from fixed_size_kv_cache.recall import contest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORT = ("--length", "160", "--cache-size", "24")
+
+
+def demo(*arguments: str) -> str:
+    done = CliRunner().invoke(cli.app, ["demo", *arguments])
+    assert done.exit_code == 0, done.stderr
+    return done.stdout
+
+
+def test_plain_lines_where_there_is_no_terminal():
+    said = demo("--task", "recency", *SHORT)
+    questions = re.findall(
+        r"^word (\d+): what is the code of \w+ \? (\d\d) .*full cache: (\d\d) yes", said, re.MULTILINE
+    )
+    assert len(questions) >= 5 and all(code == answer for _, code, answer in questions)
+    assert f"right {len(questions)}, tokens_held 160, tokens_seen 160, cache_bytes 163840" in said
+    assert "tokens_held 24, tokens_seen 160, cache_bytes 24576" in said
+    assert "\x1b" not in said
+    for word in ("needle", "zipf", "recency", *contest.NAMES):
+        assert word in said
+
+
+def test_live_in_a_terminal():
+    command = [sys.executable, "-m", "fixed_size_kv_cache", "demo", *SHORT]
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **terminal}).stdout
+    assert "\x1b[?25l" in said and "\x1b[?25h" in said  # the cursor goes, and comes back
+    assert "A small LLaMA reads 160 words" in said and "sliding window" in said
+
+
+def test_json_and_seeds():
+    threads = torch.get_num_threads()
+    first, again, other = (json.loads(demo("--json", *SHORT, "--seed", seed)) for seed in ("3", "3", "4"))
+    for found in (first, again, other):
+        for lane in found["live"]["contenders"]:
+            assert lane.pop("tokens_per_second") > 0
+    assert first == again != other
+    assert torch.get_num_threads() == threads
+    assert {row["cache_size"] for row in first["recall"]} == {None, 12, 24, 48}
+
+
+@pytest.mark.parametrize("arguments, text", [(("--length", "4000"), "512"), (("--task", "haystack"), "needle")])
+def test_arguments_out_of_range(arguments, text):
+    done = CliRunner().invoke(cli.app, ["demo", *arguments])
+    assert done.exit_code == 2 and text in done.stderr
+
+
+def test_the_committed_figures():
+    """One size of the table, on the same texts. Another machine may round otherwise."""
+    committed = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    size = committed["live"]["cache_size"]
+    for rows in contest.compare([size], committed["length"], committed["seed"]):
+        for row in rows:
+            (same,) = (x for x in committed["recall"] if all(x[k] == row[k] for k in ("task", "rule", "cache_size")))
+            assert row["asked"] == same["asked"]
+            assert abs(row["right"] - same["right"]) <= 0.04 * row["asked"], row

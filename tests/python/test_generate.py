@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fsdc generate``: text, figures, comparison, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config
+from typer.testing import CliRunner
+
+from fixed_size_kv_cache import cli
+from fixed_size_kv_cache.recall import MODEL
+
+QUESTION = "the code of maple is 47 . the old fox walks to the river . what is the code of maple ?"
+
+
+COMMAND = [sys.executable, "-m", "fixed_size_kv_cache", "generate"]
+
+
+def run(*arguments: str, stdin: str = "") -> Result:
+    return CliRunner().invoke(cli.app, ["generate", *arguments], input=stdin, env={"COLUMNS": "200"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A LLaMA folder that somebody has trained elsewhere: three layers, random weights, a chat template."""
+    torch.manual_seed(0)
+    where = tmp_path_factory.mktemp("llama")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = "{% for m in messages %}what is {{ m.content }} ?{% endfor %}"
+    tokenizer.save_pretrained(where)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(where)
+    return str(where)
+
+
+@pytest.mark.parametrize("how", ["--prompt", "--prompt-file", "-"])
+def test_the_embedded_model_answers(how, tmp_path):
+    (tmp_path / "prompt").write_text(QUESTION)
+    given = {"--prompt": [how, QUESTION], "--prompt-file": [how, str(tmp_path / "prompt")], "-": ["-"]}[how]
+    done = run(*given, "--max-new-tokens", "2", stdin=QUESTION if how == "-" else "")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == "47 .\n"
+    assert "24 tokens seen, 24 held by each layer and KV head; cache 24.0 KiB, in full 24.0 KiB; " in done.stderr
+
+
+def test_any_llama_folder_and_json(folder):
+    prompt = " ".join(["the old fox walks to the river ."] * 20)
+    done = run(
+        "--model", folder, "--cache-size", "16", "--prompt", prompt, "--max-new-tokens", "30", "--json", "--compare"
+    )
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["prompt_tokens"] == 160 and len(found["tokens"]) == 30
+    assert found["tokens_seen"] == 189 and found["tokens_held"] == 16
+    per_token = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, dimension, bytes
+    assert found["cache_bytes"] == 16 * per_token and found["full_cache_bytes"] == 189 * per_token
+    assert found["full_cache"]["cache_bytes"] == found["full_cache_bytes"]
+    assert found["same_tokens"] < 30
+    at = found["same_tokens"]
+    assert found["tokens"][:at] == found["full_cache"]["tokens"][:at]
+    assert found["tokens"][at] != found["full_cache"]["tokens"][at]
+
+
+def test_a_cache_that_holds_all_writes_what_the_stock_cache_writes(folder):
+    done = run("--model", folder, "--prompt", QUESTION, "--max-new-tokens", "40", "--compare")
+    assert "both caches wrote the same 40 tokens" in done.stderr
+    assert len(done.stdout.split()) == 40
+
+
+def test_chat(folder):
+    done = run("--model", folder, "--chat", "--prompt", "the code of maple", "--max-new-tokens", "3", "--json")
+    assert json.loads(done.stdout)["prompt_tokens"] == 7
+
+
+@pytest.fixture(scope="module")
+def not_models(tmp_path_factory):
+    where = tmp_path_factory.mktemp("not")
+    (where / "empty").mkdir()
+    T5Config().save_pretrained(where / "t5")
+    return where
+
+
+@pytest.mark.parametrize(
+    "arguments, code, text",
+    [
+        ([], 2, "give one prompt: --prompt TEXT, --prompt-file FILE, or - for standard input"),
+        (["--prompt", "a", "-"], 2, "give one prompt"),
+        (["the fox"], 2, "the only argument is -, for standard input; got 'the fox'. Use --prompt TEXT"),
+        (["--prompt-file", "/nowhere"], 2, "--prompt-file /nowhere: "),
+        (["--prompt", "the", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
+        (["--prompt", "the", "--cache-size", "0"], 1, "cache_size must be at least 1; got 0"),
+        (["--prompt", "the zebra ."], 1, "the embedded model knows 212 words (fsdc demo shows them); not zebra."),
+        (["--prompt", "the", "--chat"], 1, "--chat needs a model with a chat template"),
+        (["--prompt", "the", "--device", "moon"], 1, "--device moon: "),
+        (["--prompt", "the", "--model", "{}/empty"], 1, "empty has no config.json"),
+        (["--prompt", "the", "--model", "{}/t5"], 1, "--model must be a decoder-only language model; "),
+    ],
+)
+def test_what_cannot_be_is_said_in_words(arguments, code, text, not_models):
+    done = run(*(argument.format(not_models) for argument in arguments))
+    assert done.exit_code == code and text in done.stderr.replace("\n", " ")
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_no_network():
+    done = subprocess.run(
+        [*COMMAND, "--prompt", "the", "--model", "no/such-model"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("fsdc generate: --model no/such-model: ") and "cached files" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_folder_whose_weights_are_missing(folder, tmp_path):
+    shutil.copy(f"{folder}/config.json", tmp_path)
+    done = run("--prompt", "the", "--model", str(tmp_path))
+    assert done.exit_code == 1 and f"fsdc generate: --model {tmp_path}: " in done.stderr
+
+
+def test_interrupt(folder):
+    command = [*COMMAND, "--model", folder, "--prompt", "the fox", "--max-new-tokens", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.read(20)  # it writes
+        time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "Traceback" not in said
