@@ -29,6 +29,7 @@ SEED = 20261124
 STAGES = ((400, 96, 32), (600, 256, 16), (1200, POSITIONS, 12))  # steps, words, streams at a time
 FACTS = {"needle": 12, "zipf": 24, "recency": 8}  # at most, in training
 LEARNING_RATE = 2e-3
+TEXTS = 64  # of each task, for the card
 OTHER_WORDS = 0.1  # weight in the loss of a word that is not an answer
 HIDDEN, HEAD_DIM, ROPE_THETA = 128, 32, 500_000.0
 
@@ -138,7 +139,7 @@ def train(model: LlamaForCausalLM, rng: random.Random) -> int:
 
 
 @torch.no_grad()
-def recall_by_distance(model: LlamaForCausalLM, seed: int, texts: int = 64) -> dict[str, dict[str, list[int]]]:
+def recall_by_distance(model: LlamaForCausalLM, seed: int, texts: int) -> dict[str, dict[str, list[int]]]:
     """Per task, by how many words ago the answer was last given: [right, asked], with the full cache."""
     found = {}
     for task in language.TASKS:
@@ -230,24 +231,23 @@ def card(model: LlamaForCausalLM, found: dict, read: int, seconds: float, texts:
     )
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=MODEL, help="the folder to write (default: the package's)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments)
     began = time.time()
     torch.manual_seed(SEED)
     model = untrained()
     start_as_lookup(model)
     read = train(model, random.Random(SEED))
     model.eval()
-    texts = 64
-    found = recall_by_distance(model, SEED + 1, texts)
+    found = recall_by_distance(model, SEED + 1, TEXTS)
     arguments.output.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(bos_token_id=0, pad_token_id=0)
     model.save_pretrained(arguments.output)
     tokenizer().save_pretrained(arguments.output)
     for_transformers_4(arguments.output)
-    (arguments.output / "README.md").write_text(card(model, found, read, time.time() - began, texts))
+    (arguments.output / "README.md").write_text(card(model, found, read, time.time() - began, TEXTS))
     print(json.dumps(found, indent=2))
     right, asked = (sum(column) for column in zip(*(c for b in found.values() for c in b.values()), strict=True))
     return 0 if right >= 0.98 * asked else 1

@@ -51,3 +51,28 @@ def test_figures_are_those_of_the_results(monkeypatch):
         document = (ROOT / name).read_text()
         assert tables.BLOCK.search(document), name
         assert tables.rendered(document) == document, name
+
+
+def test_the_operators_page_is_that_of_the_docstrings(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import write_operators
+
+    assert list(write_operators.schemas()) == ["truncate", "accumulate_scores_"]
+    assert write_operators.PAGE.read_text() == write_operators.page()
+
+
+def test_troubleshooting_quotes_what_the_code_says():
+    sources = [
+        path for folder in ("python", "csrc") for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".h")
+    ]
+    code = "\n".join(path.read_text() for path in (*sources, ROOT / "setup.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # texts that go on in the next line
+    quoted = re.findall(r'^\*\*"(.*)"\*\*', (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(quoted) >= 10
+    for text in quoted:
+        if "_OpNamespace" in text:  # torch says that
+            with pytest.raises(AttributeError, match=re.escape(text.replace("'truncate'", "'no_such'"))):
+                _ = torch.ops.fsdc.no_such
+        else:
+            for part in text.split("..."):
+                assert part.strip(" ;") in code, text

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded model: its language, that it answers with the full cache, and what it remembers with ours."""
 
+import importlib
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fixed_size_kv_cache.recall import MODEL, POSITIONS, contest, language
@@ -138,3 +142,38 @@ def test_ours_remembers_more_than_the_baselines(cache_size, capsys):
 def test_a_contest_is_the_same_every_time():
     first, again = (list(contest.compare([24], 200, seed=5, texts=2)) for _ in range(2))
     assert first == again and len(first) == len(contest.NAMES)
+
+
+@pytest.fixture
+def train_recall(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks/quality")
+    return importlib.import_module("train_recall")
+
+
+@torch.no_grad()
+def test_training_starts_from_weights_that_look_facts_up(train_recall):
+    """At questions a head of the second layer attends to the right code more than to all others together."""
+    torch.manual_seed(0)
+    model = train_recall.untrained()
+    train_recall.start_as_lookup(model)
+    model.config._attn_implementation = "eager"
+    right = wrong = 0.0
+    for text in texts_of("recency", 96, 10):
+        ids = torch.tensor([language.encode(text.words)])
+        attention = model(ids, output_attentions=True).attentions[1][0, 0]  # [Q, S]
+        for at, _ in text.answers:
+            for code in (i for i in range(at) if text.words[i] in language.CODES):
+                if text.words[code] == text.words[at]:
+                    right += attention[at - 1, code].item()
+                else:
+                    wrong += attention[at - 1, code].item()
+    assert right > 5 * wrong > 0
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 saves another config")
+def test_the_training_script_writes_a_folder(train_recall, monkeypatch, tmp_path):
+    monkeypatch.setattr(train_recall, "STAGES", ((3, 96, 2),))
+    monkeypatch.setattr(train_recall, "TEXTS", 1)
+    assert train_recall.main(["--output", str(tmp_path)]) == 1  # not the recall that it demands
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in MODEL.iterdir()}
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((MODEL / "config.json").read_text())
