@@ -21,6 +21,11 @@ def check_config(config: Any) -> None:
         raise NotImplementedError(
             f"a fixed-size cache is for decoder-only models; got {name}, an encoder-decoder{INSTEAD}"
         )
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise NotImplementedError(
+            f"a cache must hold the keys that attention sees; got {name}, whose latent attention expands them "
+            f"after the cache{INSTEAD}"
+        )
     if is_kv_sharing(text):
         raise NotImplementedError(
             f"each layer must have a cache of its own; got {name}, whose layers share keys and values{INSTEAD}"

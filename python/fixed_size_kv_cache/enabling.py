@@ -92,15 +92,16 @@ def enable(
     check_config(model.config)
     check_model(model)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
-    if cache.layers and not any(isinstance(layer, FixedSizeLayer) for layer in cache.layers):
+    disable(model)
+    handle = Enabled(model, made, chunk)
+    if any(isinstance(layer, FixedSizeLayer) for layer in cache.layers):
+        set_implementation(text_config(model.config), NAME)
+    else:
         warnings.warn(
             f"{type(model).__name__} has no layer whose cache grows: all have a sliding window or are linear, so there "
             "is nothing to cap",
             stacklevel=2,
         )
-    disable(model)
-    handle = Enabled(model, made, chunk)
-    set_implementation(text_config(model.config), NAME)
     setattr(model, generation.MARK, handle)
     return handle
 

@@ -48,11 +48,17 @@ def enabled(model: Any) -> Any:
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
     """After transformers has made a cache, or taken the user's: what an enabled model goes on with."""
     cache = model_kwargs.get("past_key_values")
+    use_cache = model_kwargs.get("use_cache")
+    use_cache = generation_config.use_cache if use_cache is None else use_cache
     if cache is None:
-        return  # use_cache=False
+        if use_cache:
+            raise NotImplementedError(
+                f"generate: transformers must make the cache; it makes none for {type(model).__name__}, which has "
+                "one of its own; call disable(model)"
+            )
+        return
     if isinstance(cache, FixedSizeDynamicCache):
-        use_cache = model_kwargs.get("use_cache")
-        if (generation_config.use_cache if use_cache is None else use_cache) is False:
+        if use_cache is False:
             raise ValueError("generate: use_cache must be True with a FixedSizeDynamicCache; got False; leave one away")
     elif type(cache) is not DynamicCache:
         raise TypeError(

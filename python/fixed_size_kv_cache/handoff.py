@@ -6,8 +6,10 @@ only if they are the very tensor that ``update`` returned: keys that were change
 values) belong to no slot.
 """
 
+import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +19,7 @@ class Handoff:
     cache: Any = None
     layer_idx: int | None = None
     keys: Tensor | None = None
+    taken: weakref.ref | None = None  # the last keys that an attention took
 
     def offer(self, cache: Any, layer_idx: int, keys: Tensor) -> None:
         self.cache, self.layer_idx, self.keys = cache, layer_idx, keys
@@ -29,8 +32,15 @@ class Handoff:
         cache, layer_idx, offered = self.cache, self.layer_idx, self.keys
         self.clear()
         if cache is None:
+            if self.taken is not None and self.taken() is keys and not torch.compiler.is_compiling():
+                raise NotImplementedError(
+                    f"{type(module).__name__}: attention must see the keys of an update once; this model attends to "
+                    "them again, so its cache cannot be capped; call disable(model)"
+                )
             return None
         if keys is offered:
+            if not torch.compiler.is_compiling():
+                self.taken = weakref.ref(keys)
             return cache, layer_idx
         if getattr(module, "layer_idx", layer_idx) != layer_idx:
             return None  # left over from a forward that broke off before its attention

@@ -213,7 +213,7 @@ class FixedSizeLayer(Slots):
         unit_key = stage.keys * new["key_scales"][..., None].to(self.dtype)
         products = torch.cat([query.reshape(B, H, -1, D), unit_key], dim=2) @ stage.all_keys.mT  # [B, H, G + 1, T + 1]
         visible = None
-        if stage.valid is not None or self.may_have_holes or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or stage.valid is not None or self.may_have_holes:
             visible = _first(self.positions, T + 1)[:, :, None] >= 0
             visible = visible if stage.valid is None else visible & stage.valid[:, None, None]
         output, weights, lost = attention.attend_with_weights(
@@ -318,7 +318,7 @@ class FixedSizeLayer(Slots):
         return self.staged
 
     def _end(self, stage: Stage) -> None:
-        if stage.valid is not None or torch.compiler.is_compiling():
+        if stage.valid is not None:
             self.may_have_holes = True
         self.columns_on_device.add_(stage.queries)
         self._columns = None if torch.compiler.is_compiling() else self.columns + stage.queries

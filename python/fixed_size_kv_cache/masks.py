@@ -54,7 +54,7 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
 
     Raises:
         TypeError: for a mask that is not a tensor, such as flex attention's.
-        ValueError: for a tensor of another rank.
+        ValueError: for a tensor of another rank, and for a mask per head.
     """
     if mask is None:
         return NewTokens(None, None)
@@ -62,6 +62,11 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
         raise TypeError(f'attention_mask must be a tensor; got {type(mask).__name__}; set attn_implementation="eager"')
     if mask.dim() not in (2, 4):
         raise ValueError(f"attention_mask must be [B, columns] or [B, 1, Q, columns]; got sizes {list(mask.shape)}")
+    if mask.dim() == 4 and mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask must be the same for all heads, [B, 1, Q, columns]; got sizes {list(mask.shape)}: a model "
+            "that weighs tokens by its mask cannot be capped; call disable(model)"
+        )
     first = S if S is not None and mask.shape[-1] >= S + Q else mask.shape[-1] - Q
     new = mask[..., first : first + Q]
     if mask.dim() == 2:
