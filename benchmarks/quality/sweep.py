@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from fixed_size_kv_cache.recall import contest, language
-from fixed_size_kv_cache.settings import Settings
+from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/python"))
@@ -86,7 +86,7 @@ def main() -> None:
     found, began = [], time.time()
     for cache_size in arguments.sizes:
         for name, settings in combinations(cache_size):
-            full = Settings(cache_size=cache_size, **settings)
+            full = FixedSizeCacheConfig(cache_size=cache_size, **settings)
             knobs = {knob: getattr(full, knob) for knob in KNOBS} if full.policy == "attention" else {}
             row = dict(cache_size=cache_size, rule=name, **knobs, recall=recall.judge(cache_size, settings))
             row["kl"] = divergence(cache_size, settings) if divergence else None

@@ -12,7 +12,14 @@ from typing import Any
 from . import _load, _operators, _versions  # noqa: F401
 from ._version import __version__
 
-_HUGGING_FACE = {"FixedSizeDynamicCache": "dynamic_cache", "FixedSizeLayer": "layer"}
+_HUGGING_FACE = {
+    "FixedSizeCacheConfig": "settings",
+    "FixedSizeDynamicCache": "dynamic_cache",
+    "FixedSizeLayer": "layer",
+    "as_default": "enabling",
+    "disable": "enabling",
+    "enable": "enabling",
+}
 
 __all__ = ["__version__", *_HUGGING_FACE]
 

@@ -8,9 +8,11 @@ the methods that go through them itself. (4.54 and 4.55 were in between and are 
 from typing import NamedTuple
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
 
 HAS_LAYERS = hasattr(cache_utils, "DynamicLayer")
 
@@ -105,6 +107,54 @@ else:
 
     def drop_stock_storage(cache: Cache) -> None:
         del cache.key_cache, cache.value_cache
+
+
+HAS_INTERFACE = hasattr(transformers, "AttentionInterface") and HAS_LAYERS  # enable() and "fsdc" need 4.56
+
+
+def on_attention_interface(model_class: type) -> bool:
+    """Whether a class of models calls attention through the AttentionInterface.
+
+    transformers looks into the source of the class's module; a user's subclass in a notebook has none, so ask for the
+    class that it comes from.
+    """
+    known = [c for c in model_class.__mro__ if c.__module__.startswith("transformers.models.")]
+    return (known[0] if known else model_class)._can_set_attn_implementation()
+
+
+def is_kv_sharing(config) -> bool:
+    """Whether some layers use the keys and values of others. ``kv_sharing_modes`` is new in 5.23."""
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return "reuse" in modes or bool(getattr(config, "num_kv_shared_layers", None))
+
+
+def is_assisted(generation_config, arguments: tuple) -> bool:
+    """Whether generate() will propose tokens and take some back. From 4.57 on it says so, before that it gives the
+    assistant model; the third argument of ``_prepare_cache_for_generation`` in both."""
+    if getattr(generation_config, "is_assistant", False):
+        return True
+    third = arguments[0] if arguments else None
+    if isinstance(third, GenerationMode):
+        return third == GenerationMode.ASSISTED_GENERATION
+    return third is not None or generation_config.prompt_lookup_num_tokens is not None
+
+
+def prompt_length(generation_config, model_kwargs: dict) -> int:
+    """Tokens that generate() was given, with those of earlier turns. From 5.23 on a mask of ones is dropped, and its
+    length is in the config."""
+    mask = model_kwargs.get("attention_mask")
+    return getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[-1]
+
+
+# A prompt in chunks, wrong upstream: below 5.23 it is read from column 0 on, whatever the cache holds; up to 4.57
+# padding is counted in the position ids.
+CHUNKS_FORGET_EARLIER_TURNS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+CHUNKS_FORGET_PADDING = hasattr(transformers.GenerationMixin, "_prefill_chunking")
+
+
+def set_implementation(config, name: str) -> None:
+    """Sets the attention of one config only: the text decoder's, not the vision tower's."""
+    config._attn_implementation = name
 
 
 def query_length(of: int | Tensor) -> int:

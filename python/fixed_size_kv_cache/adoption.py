@@ -5,6 +5,7 @@ from typing import Any
 
 from ._compat import Cache, DynamicCache, drop_stock_storage, stock_contents
 from .layer import FixedSizeLayer
+from .settings import FixedSizeCacheConfig
 
 REMEDY = "let generate() make the cache, or pass past_key_values=FixedSizeDynamicCache(config=model.config)"
 
@@ -20,6 +21,25 @@ def from_legacy_cache(cls: type, cache: Any, layer_idx: int | None) -> Any:
     if isinstance(cache, (tuple, list)):
         return _from_tuple(cls, cache)
     raise TypeError(f"from_legacy_cache: cannot take over a {type(cache).__name__}; {REMEDY}")
+
+
+def adopt_empty(cache: Cache, config: Any, settings: FixedSizeCacheConfig) -> None:
+    """Makes an empty stock cache one of ours, in place."""
+    from .dynamic_cache import FixedSizeDynamicCache
+
+    seen = cache.get_seq_length()
+    if seen:
+        raise ValueError(
+            f"generate: a DynamicCache must be empty to be taken over; got one with {seen} tokens, of which no "
+            f"attention was recorded; {REMEDY}"
+        )
+    if getattr(cache, "offloading", False):
+        raise TypeError(f"generate: cannot take over a {type(cache).__name__} with offloading; {REMEDY}")
+    kept = {name: value for name, value in vars(cache).items() if name == "_is_user_defined"}
+    fresh = FixedSizeDynamicCache(config=config, settings=settings)
+    cache.__class__ = FixedSizeDynamicCache
+    vars(cache).clear()
+    vars(cache).update({**vars(fresh), **kept})
 
 
 def _adopt(cls: type, cache: Cache, layer_idx: int | None) -> Any:

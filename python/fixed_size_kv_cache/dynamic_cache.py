@@ -12,10 +12,12 @@ from torch import Tensor
 
 from . import adoption
 from ._compat import BaseCache, DynamicLayer, init_cache
-from .attention import attend
+from .attention import LogitRule
+from .capability import check_config, check_layers
+from .handoff import HANDOFF
 from .layer import FixedSizeLayer
 from .masks import read_mask
-from .settings import SETTING_NAMES, Settings
+from .settings import FixedSizeCacheConfig, read_settings
 
 __all__ = ["FixedSizeDynamicCache"]
 
@@ -26,16 +28,21 @@ class FixedSizeDynamicCache(BaseCache):
     Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.score_rule`. ``get_seq_length()`` is
     the number of tokens seen, not of those held. All arguments are keywords; what is not given comes from the
     environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or from the
-    defaults of :class:`fixed_size_kv_cache.settings.Settings`, which documents every one of them.
+    defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
 
     Args:
-        config: the model's config. Layers with a sliding window keep transformers' own cache.
-        **settings: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``value_weight``,
-            ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
+        config: the model's config. Layers with a sliding window keep transformers' own cache, and so do the linear
+            ones of hybrid models.
+        settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
+        **fields: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
+            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
+        protected_spans: parts of the text that are never evicted, ``[(start, stop), ...]``: half-open positions of real
+            tokens (padding is not counted), one list for all rows or one per row.
 
     Raises:
         TypeError: for positional or unknown arguments.
-        ValueError: for settings out of range, and for environment variables that cannot be read.
+        ValueError: for settings out of range, spans that do not fit, and environment variables that cannot be read.
+        NotImplementedError: for a model whose cache cannot be capped, with the reason.
 
     Example:
         >>> cache = FixedSizeDynamicCache(cache_size=16)
@@ -46,20 +53,32 @@ class FixedSizeDynamicCache(BaseCache):
         (torch.Size([1, 2, 16, 4]), 20)
     """
 
-    def __init__(self, *args: Any, config: Any = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        config: Any = None,
+        settings: FixedSizeCacheConfig | None = None,
+        protected_spans: Sequence | None = None,
+        **fields: Any,
+    ) -> None:
         if args:
             raise TypeError(
                 "FixedSizeDynamicCache takes keyword arguments only: "
                 "FixedSizeDynamicCache(config=model.config, cache_size=1024)"
             )
-        if unknown := sorted(settings.keys() - set(SETTING_NAMES)):
-            raise TypeError(f"FixedSizeDynamicCache takes {', '.join(SETTING_NAMES)}; got {', '.join(unknown)}")
-        made = Settings(**settings)
+        made = read_settings("FixedSizeDynamicCache", settings, fields)
+        new_layer = functools.partial(FixedSizeLayer, made, protected_spans)
+        new_layer()  # checks the spans
+        if config is not None:
+            check_config(config)
         init_cache(self, config)
-        self.settings = made
-        self.layers = [FixedSizeLayer(made) if type(layer) is DynamicLayer else layer for layer in self.layers]
+        check_layers(self.layers, config)
+        self.settings, self.protected_spans = made, protected_spans
+        self.layers = [new_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.record_past = False  # of layers that come later
         self.layer_class_to_replicate = None  # we append layers ourselves
-        self.expected_layers = len(self.layers) or None
+        own = [i for i, layer in enumerate(self.layers) if isinstance(layer, FixedSizeLayer)]
+        self.last_layer = own[-1] if own else None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -77,16 +96,74 @@ class FixedSizeDynamicCache(BaseCache):
                 "call the model under torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
         while len(self.layers) <= layer_idx:
-            self.layers.append(FixedSizeLayer(self.settings))
+            self.layers.append(FixedSizeLayer(self.settings, self.protected_spans))
+            self.layers[-1].record_past = self.record_past
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, FixedSizeLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self._check_columns(layer_idx, key_states.shape[2])
+        keys, values = layer.update(key_states, value_states)
+        HANDOFF.offer(self, layer_idx, keys)
+        return keys, values
+
+    def _check_columns(self, layer_idx: int, Q: int) -> None:
+        """A forward that broke off between layers left some of them a step behind."""
         first, layer = self.layers[0], self.layers[layer_idx]
-        if layer is not first and isinstance(first, FixedSizeLayer) and isinstance(layer, FixedSizeLayer):
-            expected = layer.columns + key_states.shape[2]
-            if first.columns and first.staged is None and first.columns != expected:
-                raise RuntimeError(
-                    f"update: layer {layer_idx} must have seen as many tokens as layer 0, {first.columns} with this "
-                    f"step; got {expected}; a forward broke off between layers: call reset() to begin anew"
-                )
-        return layer.update(key_states, value_states, *args, **kwargs)
+        if layer is first or not isinstance(first, FixedSizeLayer) or first.staged is not None:
+            return
+        ahead, expected = first.get_seq_length(), layer.get_seq_length() + Q
+        if ahead and ahead != expected:
+            raise RuntimeError(
+                f"update: layer {layer_idx} must have seen as many tokens as layer 0, {ahead} with this "
+                f"step; got {expected}; a forward broke off between layers: call reset() to begin anew"
+            )
+
+    def attend(self, layer_idx: int, query_states: Tensor, attention_mask: Tensor | None, rule: LogitRule) -> Tensor:
+        """Ends the step of a layer: attention of its queries ``[B, Hq, Q, D]``, then votes and eviction.
+
+        Args:
+            layer_idx: the layer, for which ``update`` was called before.
+            query_states: ``[B, Hq, Q, D]``.
+            attention_mask: the model's mask; only the columns of the new tokens are read.
+            rule: what the model makes of ``q @ k``.
+
+        Returns:
+            The output ``[B, Hq, Q, D]``.
+
+        Raises:
+            RuntimeError: where ``update`` was not called, and where a gradient would be needed.
+        """
+        HANDOFF.clear()
+        if torch.is_grad_enabled() and query_states.requires_grad:
+            raise RuntimeError(
+                "FixedSizeDynamicCache: queries must not require gradients, there is no backward; call the model under "
+                "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
+            )
+        layer = self._own_layer(layer_idx)
+        output = layer.attend(query_states, attention_mask, rule)
+        self._free_memory(layer_idx, query_states.shape[2])
+        return output
+
+    def activate_past_recording(self) -> None:
+        """Evicts nothing before the next ``crop``, so that it can take tokens back. Assisted decoding calls it."""
+        self.record_past = True
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def stop_past_recording(self) -> None:
+        """The next step evicts again."""
+        self.record_past = False
+        for layer in self.layers:
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
+
+    def allow_compilation(self, allowed: bool) -> None:
+        """Whether generate() may compile the decode step where it compiles those of static caches."""
+        for layer in self.layers:
+            if isinstance(layer, FixedSizeLayer):
+                layer.is_compileable = allowed
 
     @classmethod
     def from_legacy_cache(cls, cache: Any = None, layer_idx: int | None = None) -> "FixedSizeDynamicCache":
@@ -129,6 +206,7 @@ class FixedSizeDynamicCache(BaseCache):
             ValueError: where the weights do not have the columns of ``update``, and where the mask shows padding.
             RuntimeError: where ``update`` was not called.
         """
+        HANDOFF.clear()
         layer = self._own_layer(layer_idx)
         stage = layer._stage("cache_truncate")
         B, columns = stage.all_keys.shape[0], stage.all_keys.shape[2]
@@ -143,24 +221,24 @@ class FixedSizeDynamicCache(BaseCache):
                 f"got sizes {list(key_states.shape)}"
             )
         if stage.new is None:  # not our own forward
-            new = read_mask(attention_mask, B, stage.queries, layer.columns)
+            new = read_mask(attention_mask, B, stage.queries, layer.get_seq_length())
             if new.valid is not None and not new.valid.all():
                 raise ValueError(
-                    "cache_truncate: attention_mask shows padding, which only the forward of "
-                    "fixed_size_kv_cache.llama_attention understands; use it, or pass one text at a time"
+                    "cache_truncate: attention_mask shows padding, which only our own attention understands; call "
+                    "enable(model), use the forward of fixed_size_kv_cache.llama_attention, or pass one text at a time"
                 )
             stage.new = new._replace(valid=None)
             if self.settings.include_skipped:
                 _warn_of_entry()
         if attn_weights is None:
-            keys, values, scaling = stage.all_keys, stage.all_values, query_states.shape[-1] ** -0.5
-            attn_weights = attend(query_states, keys, values, layer.visible(), scaling, layer.skipped)[1]
-        if attn_weights.shape[:2] != query_states.shape[:2]:
+            layer._step(stage, query_states, LogitRule(query_states.shape[-1] ** -0.5))
+        elif attn_weights.shape[:2] != query_states.shape[:2]:
             raise ValueError(
                 f"cache_truncate: attn_weights must be [B, Hq, Q, columns] with B, Hq = "
                 f"{list(query_states.shape[:2])}; got sizes {list(attn_weights.shape)}"
             )
-        layer.fold(attn_weights)
+        else:
+            layer.fold(attn_weights)
         held = layer.held()
         layer.last_returned = (weakref.ref(held[0]), weakref.ref(held[1]))
         self._free_memory(layer_idx, stage.queries)
@@ -186,20 +264,64 @@ class FixedSizeDynamicCache(BaseCache):
         """The keys and values held, as a tuple per layer. Scores and positions are not in it."""
         return tuple(self)
 
+    def get_held_tokens(self, layer_idx: int = 0) -> Tensor:
+        """How many tokens each KV head of a layer holds, int64 ``[B, H]``."""
+        return (self._filled_layer(layer_idx).positions >= 0).sum(-1)
+
+    def get_positions(self, layer_idx: int = 0) -> Tensor:
+        """Which tokens a layer holds, int32 ``[B, H, T]`` in the order of ``key_cache``: how many real tokens came
+        before each in its row, -1 where padding left a slot empty."""
+        layer = self._filled_layer(layer_idx)
+        return layer.positions[:, :, : layer.held_slots].clone()
+
+    def lost_attention(self, layer_idx: int = 0) -> Tensor:
+        """The share of the last step's attention that went to evicted tokens, float32 ``[B, H]`` from 0 to 1.
+
+        It is measured on the entry of the evicted tokens, the mean over the queries of the step and the query heads of
+        each KV head.
+
+        Raises:
+            RuntimeError: without ``include_skipped``, since nothing is known of what was evicted then.
+        """
+        if not self.settings.include_skipped:
+            raise RuntimeError(
+                "lost_attention: the cache must keep the entry of the evicted tokens; got include_skipped=False; make "
+                "it with include_skipped=True"
+            )
+        return self._filled_layer(layer_idx).lost.clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, on all devices; those of transformers' own layers included."""
+        stock = (layer for layer in self.layers if not isinstance(layer, FixedSizeLayer))
+        tensors = [x for layer in stock for x in vars(layer).values() if isinstance(x, Tensor)]
+        return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in self.layers if isinstance(x, FixedSizeLayer))
+
     def __repr__(self) -> str:
-        seen = self.get_seq_length() if self.layers else 0
-        held = min(seen, self.settings.cache_size)
-        return f"{type(self).__name__}({held} of {seen} tokens held, cache_size={self.settings.cache_size})"
+        own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
+        size = self.settings.cache_size
+        if own and own[0]._columns is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return f"{type(self).__name__}(cache_size={size})"  # to ask the device would break the capture
+        seen = own[0].get_seq_length() if own else 0
+        return f"{type(self).__name__}({min(seen, size)} of {seen} tokens held, cache_size={size})"
+
+    def _filled_layer(self, layer_idx: int) -> FixedSizeLayer:
+        layer = self._own_layer(layer_idx)
+        if not layer.is_initialized:
+            raise RuntimeError(f"layer {layer_idx} holds nothing yet; run the model first")
+        return layer
 
     def _own_layer(self, layer_idx: int) -> FixedSizeLayer:
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if not isinstance(layer, FixedSizeLayer):
-            raise RuntimeError(f"layer {layer_idx} must be filled by update() first; got {type(layer).__name__}")
+            raise RuntimeError(
+                f"layer {layer_idx} must be one of ours that update() has filled; got {type(layer).__name__}"
+            )
         return layer
 
     def _free_memory(self, layer_idx: int, queries: int) -> None:
         """Once per forward, after the last layer's compaction, never in a decode step or while a graph is captured."""
-        if not self.settings.free_memory or queries == 1 or layer_idx + 1 != self.expected_layers:
+        if not self.settings.free_memory or queries == 1 or layer_idx != self.last_layer:
             return
         if self.layers[layer_idx].device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.empty_cache()
@@ -209,8 +331,8 @@ class FixedSizeDynamicCache(BaseCache):
 def _warn_of_entry() -> None:
     """Once per process."""
     warnings.warn(
-        "include_skipped: only the forward of fixed_size_kv_cache.llama_attention attends to the entry of the evicted "
-        "tokens; update() does not return it to other attention",
+        "include_skipped: only our own attention (enable(model), or the forward of fixed_size_kv_cache.llama_attention)"
+        " attends to the entry of the evicted tokens; update() does not return it to others",
         stacklevel=3,
     )
 

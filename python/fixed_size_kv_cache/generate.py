@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from ._compat import stock_contents
 from .dynamic_cache import FixedSizeDynamicCache
-from .llama_attention import bind
+from .enabling import enable
 from .recall import MODEL
 
 CHUNK = 512  # tokens of a prompt that are read at a time, at least
@@ -189,8 +189,9 @@ def run(
     if compare:
         full = write(model, tokenizer, ids, DynamicCache(), max_new_tokens, show=False)
     try:
-        model, cache = bind(model), FixedSizeDynamicCache(config=model.config, cache_size=cache_size)
-    except (TypeError, ValueError) as error:
+        enable(model, cache_size=cache_size)
+        cache = FixedSizeDynamicCache(config=model.config, cache_size=cache_size)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise Refused(str(error)) from error
     ours = write(model, tokenizer, ids, cache, max_new_tokens, show=not as_json)
     parts = parting(ours.tokens, full.tokens) if full else None

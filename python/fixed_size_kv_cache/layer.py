@@ -1,84 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer of the cache: static slots, filled by ``update`` and pruned after attention."""
+"""One layer of the cache: ``update`` stages new tokens, ``attend`` or ``fold`` ends the step and evicts."""
 
+import functools
 import math
-import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import score_rule
-from ._compat import DynamicLayer, query_length
-from .attention import Skipped, attend
+from . import attention, score_rule
+from ._compat import query_length
+from .attention import LogitRule
+from .column_sums import add_column_sums_
 from .masks import read_mask
-from .settings import Settings
-from .stage import Stage
-
-TOKEN_FACTS = ("scores", "positions", "value_weights", "redundancy")
-PER_SLOT = ("keys", "values", *TOKEN_FACTS)
-PER_ROW = ("seen", "skipped_keys", "skipped_values", "skipped_count")
-NO_REPORT = (
-    "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. Use "
-    "the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your attention; after an error "
-    "inside a step call reset()"
-)
+from .protected_spans import in_spans
+from .slots import NO_REPORT, RULE_FACTS, Slots
+from .stage import Recorded, Stage
+from .visibility import Visibility
 
 
-class FixedSizeLayer(DynamicLayer):
-    """Keeps at most ``settings.slots`` tokens per KV head.
+class FixedSizeLayer(Slots):
+    """Keeps at most ``settings.slots`` tokens per KV head; :class:`Slots` describes its state.
 
-    Slots ``[0, min(S, N))`` hold tokens, slot ``N`` is for the new token of a step. An empty slot (padding was never
-    stored) has position -1 and score -inf. A step has two halves: ``update`` stages the new tokens and returns what
-    attention reads, ``fold`` takes the attention's weights, adds them to the scores and evicts.
-
-    State per slot, all ``[B, H, N + 1]``: ``scores`` float32, ``positions`` int32 (real tokens before it in its row),
-    ``value_weights`` and ``redundancy`` float32; ``keys`` and ``values`` ``[B, H, N + 1, D]``. Per row: ``seen``
-    ``[B]``.
+    A step has two halves. ``update`` stages the new tokens and returns what attention reads. Then either ``attend``
+    computes the attention, or ``fold`` takes the weights of somebody else's; both add to the scores and evict.
     """
 
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    last_returned: tuple[weakref.ref, weakref.ref] | None = None  # the keys and values that cache_truncate returned
+    is_croppable = True
 
-    def __init__(self, settings: Settings | None = None) -> None:
-        super().__init__()
-        self.is_initialized = False
-        self.settings = settings or Settings()
-        self.columns = 0  # S: tokens seen, padding included
-        self.group = 1  # query heads per KV head
-        self.is_ordered = True  # slots are in token order
-        self.may_have_holes = False  # a mask came, so some slots in use may be empty for want of a token
-        self.staged: Stage | None = None
+    # ---- the first half of a step, and what transformers asks --------------------------------------------------------
 
-    # ---- the interface of transformers ------------------------------------------------------------------------------
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        value_states = key_states if value_states is None else value_states
-        B, H, _, D = key_states.shape
-        N = self.settings.slots
-        self.dtype, self.device = key_states.dtype, key_states.device
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        with torch.inference_mode(False):  # or they could not be written to outside of it
-            make = {"device": self.device}
-            self.keys = torch.zeros(B, H, N + 1, D, dtype=self.dtype, **make)
-            self.values = torch.zeros(B, H, N + 1, value_states.shape[-1], dtype=self.dtype, **make)
-            self.scores = torch.full((B, H, N + 1), -math.inf, **make)
-            self.positions = torch.full((B, H, N + 1), -1, dtype=torch.int32, **make)
-            self.value_weights = torch.zeros(B, H, N + 1, **make)
-            self.redundancy = torch.zeros(B, H, N + 1, **make)
-            self.seen = torch.zeros(B, dtype=torch.int32, **make)
-            if self.settings.include_skipped:
-                self.skipped_keys = torch.zeros(B, H, D, dtype=wide, **make)
-                self.skipped_values = torch.zeros(B, H, value_states.shape[-1], dtype=wide, **make)
-                self.skipped_count = torch.zeros(B, H, dtype=torch.int32, **make)
-        self.is_initialized = True
-
-    @torch.no_grad()
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Stages new tokens ``[B, H, Q, D]`` and returns the keys and values ``[B, H, T + Q, D]`` that they see.
 
-        For one new token these are views of the slots, the new one last. They are valid until the step ends.
+        For one new token these are views of the slots, the new one last. They are valid until the step ends. While a
+        graph is compiled these are all slots, so that shapes stay; only our attention knows which of them are empty.
         """
         if self.staged is not None:
             raise RuntimeError(NO_REPORT.format("update"))
@@ -86,208 +42,259 @@ class FixedSizeLayer(DynamicLayer):
             raise ValueError(
                 f"update: there must be at least one new token; got keys of sizes {list(key_states.shape)}"
             )
-        if not self.is_initialized or (self.columns == 0 and not self._fits(key_states, value_states)):
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif not self._fits(key_states, value_states):
-            raise ValueError(
-                f"update: new keys must be like those in the cache, {list(self.keys.shape[:2])} of {self.dtype} on "
-                f"{self.device}; got {list(key_states.shape[:2])} of {key_states.dtype} on {key_states.device}; "
-                "call reset() to begin anew"
-            )
-        T, Q = self.held_slots, key_states.shape[2]
-        if Q == 1:
-            self.keys[:, :, T] = key_states[:, :, 0]
-            self.values[:, :, T] = value_states[:, :, 0]
-            keys, values = self.keys[:, :, : T + 1], self.values[:, :, : T + 1]
+            if self.get_seq_length() != 0:
+                raise ValueError(
+                    f"update: new keys must be like those in the cache, {list(self.keys.shape[:2])} of {self.dtype} on "
+                    f"{self.device}; got {list(key_states.shape[:2])} of {key_states.dtype} on {key_states.device}; "
+                    "call reset() to begin anew"
+                )
+            self.lazy_initialization(key_states, value_states)
+        if self.recorded is not None and not self.record_past:
+            self.crop(0)
+        Q = key_states.shape[2]
+        if Q == 1 and not self.record_past:
+            T = self.settings.slots if torch.compiler.is_compiling() else self.held_slots
+            self.keys[:, :, T : T + 1] = key_states
+            self.values[:, :, T : T + 1] = value_states
+            keys, values = _first(self.keys, T + 1), _first(self.values, T + 1)
         else:
             self._sort_by_position()
-            keys = torch.cat([self.keys[:, :, :T], key_states], dim=2)
-            values = torch.cat([self.values[:, :, :T], value_states], dim=2)
+            T, before = self.held_slots, [] if self.recorded is None else [self.recorded]
+            keys = torch.cat([self.keys[:, :, :T], *(x.keys for x in before), key_states], dim=2)
+            values = torch.cat([self.values[:, :, :T], *(x.values for x in before), value_states], dim=2)
         self.staged = Stage(key_states, value_states, keys, values)
         return keys, values
 
-    def get_seq_length(self, *args) -> int:
-        """Tokens seen, padding included; not the tokens held."""
-        return self.columns
+    def get_seq_length(self, *args) -> int | Tensor:
+        """Tokens seen, padding included; not the tokens held. While a graph is compiled it is a tensor."""
+        if torch.compiler.is_compiling() and self.is_initialized:
+            return self.columns_on_device
+        return self.columns + (0 if self.recorded is None else self.recorded.tokens)
 
     def get_max_length(self) -> int:
         return -1  # tokens seen are not limited
 
     get_max_cache_shape = get_max_length  # its name up to 5.12
 
-    def get_mask_sizes(self, of: int | Tensor) -> tuple[int, int]:
-        return self.held_slots + query_length(of), self.columns - self.held_slots
+    def get_mask_sizes(self, of: int | Tensor) -> tuple[int, int | Tensor]:
+        Q = query_length(of)
+        if torch.compiler.is_compiling() and self.is_initialized and Q == 1:
+            return self.settings.slots + 1, self.columns_on_device - self.settings.slots
+        recorded = 0 if self.recorded is None else self.recorded.tokens
+        return self.held_slots + recorded + Q, self.columns - self.held_slots
+
+    def activate_past_recording(self) -> None:
+        """From now on evicts nothing before the next ``crop``, so that tokens can be taken back as if they had never
+        come: what a step needs is kept, and done again with the tokens that stay. Ends with ``reset`` or
+        ``record_past = False``."""
+        self.record_past = True
 
     def crop(self, count: int) -> None:
-        """Takes the newest tokens back while nothing has been evicted: ``-count`` of them, or all but ``count``.
+        """Takes the newest tokens back: ``-count`` of them, or all but ``count``. Zero keeps all and evicts.
 
-        What they have added to the scores of others stays.
+        While recording it is exact: the cache is that of a run that never saw them. Otherwise tokens can be taken back
+        until something is evicted, and what they have added to the scores of others stays.
         """
         if self.staged is not None:
             raise RuntimeError(NO_REPORT.format("crop"))
-        if self.columns == 0 or count == 0:
+        if not self.is_initialized:
             return
-        remove = -count if count < 0 else max(0, self.columns - count)
-        if remove == 0:
+        remove = -count if count <= 0 else max(0, self.get_seq_length() - count)
+        if self.recorded is not None:
+            self._crop_recorded(remove)
+        elif remove:
+            self._crop_slots(remove)
+
+    def _crop_recorded(self, remove: int) -> None:
+        recorded = self.recorded
+        if remove > recorded.tokens:
+            raise RuntimeError(
+                f"crop: at most the {recorded.tokens} tokens since the last crop can be taken back; got {remove}"
+            )
+        self.recorded = None
+        if remove == recorded.tokens:
             return
+        again = recorded.first(recorded.tokens - remove)
+        was, self.record_past = self.record_past, False
+        self.update(again.keys, again.values)
+        self.staged.new = again.new
+        self._step(self.staged, again.query, again.rule)
+        self.record_past = was
+
+    def _crop_slots(self, remove: int) -> None:
         if self.columns > self.settings.slots:
             raise RuntimeError(
                 f"crop: tokens can be taken back only until something is evicted, up to {self.settings.slots} tokens; "
-                f"got {self.columns} tokens seen; use a larger cache_size, or generate without candidates"
+                f"got {self.columns} tokens seen; call activate_past_recording() before these tokens come, as "
+                "generate() of an enabled model does"
             )
         left = max(0, self.columns - remove)
         self.seen -= (self.positions[:, 0, left : self.columns] >= 0).sum(-1, dtype=torch.int32)
         self.positions[:, :, left:] = -1
         self.scores[:, :, left:] = -math.inf
-        self.columns = left
+        self._columns = left
+        self.columns_on_device.fill_(left)
 
-    def reset(self) -> None:
-        """Forgets all tokens and keeps the buffers."""
-        self.columns, self.is_ordered, self.may_have_holes = 0, True, False
-        self.staged = self.last_returned = None
-        if not self.is_initialized:
-            return
-        self.positions.fill_(-1)
-        self.scores.fill_(-math.inf)
-        self.seen.zero_()
-        for name in PER_ROW[1:]:
-            if hasattr(self, name):
-                getattr(self, name).zero_()
+    # ---- the second half of a step -----------------------------------------------------------------------------------
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.is_initialized:
-            self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._map_rows(lambda x: x[indices])
-
-    def offload(self) -> None:
-        raise NotImplementedError(
-            "FixedSizeLayer: offloading is not supported; a cache of fixed size stays on its device"
-        )
-
-    prefetch = offload
-
-    # ---- attention ---------------------------------------------------------------------------------------------------
-
-    @property
-    def held_slots(self) -> int:
-        """T: the slots in use, tokens and holes."""
-        return min(self.columns, self.settings.slots)
-
-    @property
-    def skipped(self) -> Skipped | None:
-        """The entry of the evicted tokens, None where there can be none yet."""
-        if not self.settings.include_skipped or self.columns <= self.settings.slots:
-            return None
-        return Skipped(self.skipped_keys, self.skipped_values, self.skipped_count, self.settings.skipped_mode)
-
-    def attend(self, query: Tensor, mask: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-        """Attention of the staged step's queries ``[B, Hq, Q, D]``: output and probabilities, see ``attention.attend``.
+    def attend(self, query: Tensor, mask: Tensor | None, rule: LogitRule) -> Tensor:
+        """Ends the step: the attention of its queries ``[B, Hq, Q, D]``, as ``[B, Hq, Q, D]``, then votes and eviction.
 
         ``mask`` is the model's attention mask; only what it says about the new tokens is read, see ``masks.read_mask``.
         """
         stage = self._stage("attend")
-        stage.new = read_mask(mask, query.shape[0], stage.queries, self.columns)
-        return attend(query, stage.all_keys, stage.all_values, self.visible(), scaling, self.skipped)
+        self._read_mask(stage, mask)
+        return self._step(stage, query, rule)
 
-    def visible(self) -> Tensor | None:
-        """Which of the ``T + Q`` columns each new query sees, bool broadcast to ``[B, H, Q, T + Q]``; None: all."""
-        stage, T = self._stage("visible"), self.held_slots
-        Q = stage.queries
-        if stage.valid is None and not self.may_have_holes and Q == 1:
-            return None
-        if stage.new is not None and stage.new.sees is not None:
-            among_new = stage.new.sees[:, None]  # [B, 1, Q, Q]
-        else:
-            among_new = torch.ones(Q, Q, dtype=torch.bool, device=self.device).tril()[None, None]
-        old = (self.positions[:, :, None, :T] >= 0).expand(-1, -1, Q, -1)  # [B, H, Q, T]
-        if stage.valid is None:
-            return torch.cat([old, among_new.expand(*old.shape[:2], -1, -1)], dim=-1)
-        new = among_new & stage.valid[:, None, None, :]  # [B, 1, Q, Q]
-        seen = torch.cat([old, new.expand(*old.shape[:3], Q)], dim=-1)
-        return seen & stage.valid[:, None, :, None]
-
-    # ---- the second half of a step -----------------------------------------------------------------------------------
-
-    @torch.no_grad()
     def fold(self, weights: Tensor | None) -> None:
-        """Ends the step: adds the attention weights ``[B, Hq, Q, T + Q]`` to the scores and evicts what is too much.
-
-        Without weights the step counts as if it had seen nothing.
-        """
+        """Ends the step with attention weights ``[B, Hq, Q, T + Q]``; without, as if it had seen nothing."""
         stage = self._stage("fold")
+        if self.record_past:
+            raise RuntimeError(
+                "fold: tokens can be taken back only where this package computes the attention; got weights while "
+                "recording; call enable(model), or generate without candidates"
+            )
         (B, H), Q = stage.keys.shape[:2], stage.queries
         if weights is None:
             weights = torch.zeros((), device=self.device).expand(B, H, Q, stage.all_keys.shape[2])
-        if weights.dim() != 4 or weights.shape[0] != B or weights.shape[1] % H != 0 or weights.device != self.device:
-            raise ValueError(
-                f"attention weights must be [B, Hq, Q, columns] with B = {B} and a multiple of the {H} KV heads on "
-                f"{self.device}; got sizes {list(weights.shape)} on {weights.device}"
-            )
-        if weights.shape[2:] != (Q, stage.all_keys.shape[2]):
-            raise ValueError(
-                f"attention weights must have the {Q} queries and {stage.all_keys.shape[2]} columns of this step, as "
-                f"update() returned them; got sizes {list(weights.shape)}"
-            )
+        _check_weights(weights, B, H, Q, stage.all_keys.shape[2], self.device)
         self.group = weights.shape[1] // H
-        if stage.valid is not None:
-            self.may_have_holes = True
-        valid = torch.ones(B, Q, dtype=torch.bool, device=self.device) if stage.valid is None else stage.valid
-        positions = self.seen[:, None] + valid.cumsum(-1, dtype=torch.int32) - 1
-        positions = torch.where(valid, positions, -1)  # [B, Q]
-        votes = score_rule.query_weights(valid, self.settings.score_decay)
-        self.seen += valid.sum(-1, dtype=torch.int32)
-        (self._fold_one if Q == 1 else self._fold_chunk)(stage, weights, valid, positions, votes)
-        self.columns += Q
-        self.staged = None
+        if Q == 1:
+            new = self._write_facts(stage)
+            likeness = stage.keys * new["key_scales"][..., None].to(self.dtype) @ stage.all_keys.mT
+            self._fold_one(stage, new, weights, likeness)
+        else:
+            self._fold_many(stage, functools.partial(_add_weights, weights))
 
-    def _fold_one(self, stage: Stage, weights: Tensor, valid: Tensor, positions: Tensor, votes) -> None:
-        T, N = self.held_slots, self.settings.slots
-        for name, x in self._new_facts(stage, valid, positions).items():
-            getattr(self, name)[:, :, T : T + 1] = x
-        torch.ops.fsdc.accumulate_scores_(self.scores[:, :, : T + 1], weights, *votes)
-        if self.settings.redundancy > 0:
-            score_rule.raise_redundancy(
-                self.redundancy[:, :, :T], self.keys[:, :, :T], self.positions[:, :, :T], stage.keys, positions
+    def attention_weights(self, query: Tensor, mask: Tensor | None, rule: LogitRule) -> Tensor:
+        """What ``attend`` attends with, ``[B, Hq, Q, T + Q]``, all at once. Ends nothing."""
+        stage = self._stage("attention_weights")
+        self._read_mask(stage, mask)
+        _, visible = self._visibility(stage).of_block(0, stage.queries, self.device)
+        products = attention.products_of(query, stage.all_keys)
+        return attention.attend_with_weights(query, products, stage.all_values, visible, rule, self.skipped)[1]
+
+    def _read_mask(self, stage: Stage, mask: Tensor | None) -> None:
+        seen = None if torch.compiler.is_compiling() else self.get_seq_length()
+        stage.new = read_mask(mask, stage.keys.shape[0], stage.queries, seen)
+
+    def _step(self, stage: Stage, query: Tensor, rule: LogitRule) -> Tensor:
+        if self.record_past:
+            output = attention.attend(
+                query, stage.all_keys, stage.all_values, self._visibility(stage), rule, self.skipped
             )
-        if T == N:
-            self._evict_one(stage)
+            this = Recorded(stage.keys, stage.values, query, stage.new, rule)
+            self.recorded = this if self.recorded is None else self.recorded.then(this)
+            self.staged = None
+            return output
+        self.group = query.shape[1] // stage.keys.shape[1]
+        return (self._step_one if stage.queries == 1 else self._step_many)(stage, query, rule)
 
-    def _evict_one(self, stage: Stage) -> None:
+    def _visibility(self, stage: Stage) -> Visibility:
+        T = stage.all_keys.shape[2] - stage.queries
+        held = None
+        if self.may_have_holes or (self.recorded is not None and self.recorded.new.valid is not None):
+            held = self.positions[:, :, : min(T, self.settings.slots)] >= 0
+            if self.recorded is not None:
+                held, valid = held[:, :, : T - self.recorded.tokens], self.recorded.new.valid
+                if valid is None:
+                    valid = torch.ones(held.shape[0], self.recorded.tokens, dtype=torch.bool, device=self.device)
+                held = torch.cat([held, valid[:, None].expand(-1, held.shape[1], -1)], dim=2)
+        return Visibility(T, stage.queries, held, stage.new)
+
+    # ---- one new token -----------------------------------------------------------------------------------------------
+
+    def _step_one(self, stage: Stage, query: Tensor, rule: LogitRule) -> Tensor:
+        """Attention, votes and eviction in place. Shapes and addresses are those of the step before."""
+        (B, H, _, D), T = stage.keys.shape, stage.all_keys.shape[2] - 1
+        new = self._write_facts(stage)
+        # The new key is one more query: its products with the keys say how alike they are.
+        unit_key = stage.keys * new["key_scales"][..., None].to(self.dtype)
+        products = torch.cat([query.reshape(B, H, -1, D), unit_key], dim=2) @ stage.all_keys.mT  # [B, H, G + 1, T + 1]
+        visible = None
+        if torch.compiler.is_compiling() or stage.valid is not None or self.may_have_holes:
+            visible = _first(self.positions, T + 1)[:, :, None] >= 0
+            visible = visible if stage.valid is None else visible & stage.valid[:, None, None]
+        output, weights, lost = attention.attend_with_weights(
+            query, products[:, :, :-1], stage.all_values, visible, rule, self.skipped
+        )
+        if lost is not None:
+            self.lost.copy_(lost.view(B, H, -1).mean(-1))
+        self._fold_one(stage, new, weights, products[:, :, -1:])
+        return output
+
+    def _write_facts(self, stage: Stage) -> dict[str, Tensor]:
+        """What is known of the one new token before anybody votes, each ``[B, H, 1]``; into the slot where it lies."""
+        new = self._new_facts(stage)
+        slot = slice(stage.all_keys.shape[2] - 1, stage.all_keys.shape[2])
+        for name, x in new.items():
+            getattr(self, name)[:, :, slot] = x
+        return new
+
+    def _fold_one(self, stage: Stage, new: dict[str, Tensor], weights: Tensor, likeness: Tensor) -> None:
+        """``likeness`` ``[B, H, 1, T + 1]``: the products of the keys with the new one, scaled to length 1."""
+        T, valid = stage.all_keys.shape[2] - 1, stage.valid
+        votes = (None, self.carry) if valid is None else score_rule.query_weights(valid, self.settings.score_decay)
+        torch.ops.fsdc.accumulate_scores_(_first(self.scores, T + 1), weights, *votes)
+        if self.settings.redundancy > 0:
+            cosine = likeness[:, :, 0, :T] * self.key_scales[:, :, :T]
+            cosine = cosine if valid is None else cosine.masked_fill_(~valid[:, None], 0.0)
+            self.redundancy[:, :, :T].clamp_(min=cosine.float())  # of the older tokens; pads change nothing
+        self.seen += 1 if valid is None else valid.sum(-1, dtype=torch.int32)
+        if self.settings.slots == T:
+            self._evict_one(stage, new)
+        self._end(stage)
+
+    def _evict_one(self, stage: Stage, new: dict[str, Tensor]) -> None:
         """Moves the token of slot N onto the slot of the one that goes, an empty slot first."""
         N = self.settings.slots
-        victim = score_rule.least(self._eviction_scores(), self.positions)  # [B, H, 1]
+        eviction = score_rule.eviction_scores(**self._facts(), seen=self.seen, settings=self.settings, group=self.group)
+        victim = score_rule.least(eviction, self.positions)  # [B, H, 1]
+        key_row = victim[..., None].expand_as(stage.keys)
+        value_row = key_row if stage.values.shape == stage.keys.shape else victim[..., None].expand_as(stage.values)
         if self.settings.include_skipped:
             lost = self.positions.gather(2, victim) >= 0
-            self._add_skipped(
-                *(x.gather(2, victim[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (self.keys, self.values)),
-                lost,
-            )
-        for name, new in (("keys", stage.keys), ("values", stage.values)):
-            slots = getattr(self, name)
-            slots.scatter_(2, victim[..., None].expand(-1, -1, -1, slots.shape[-1]), new)
-        for name in TOKEN_FACTS:
-            slots = getattr(self, name)
-            slots.scatter_(2, victim, slots[:, :, N:].clone())
+            self._add_skipped(self.keys.gather(2, key_row), self.values.gather(2, value_row), lost)
+        self.keys.scatter_(2, key_row, stage.keys)
+        self.values.scatter_(2, value_row, stage.values)
+        for name, x in {**new, "scores": self.scores[:, :, N:].clone()}.items():
+            getattr(self, name).scatter_(2, victim, x)
         self._clear(N)
         self.is_ordered = False
 
-    def _fold_chunk(self, stage: Stage, weights: Tensor, valid: Tensor, positions: Tensor, votes) -> None:
-        T, N, Q = self.held_slots, self.settings.slots, stage.queries
-        new = self._new_facts(stage, valid, positions)
+    # ---- several new tokens ------------------------------------------------------------------------------------------
+
+    def _step_many(self, stage: Stage, query: Tensor, rule: LogitRule) -> Tensor:
+        visibility, skipped = self._visibility(stage), self.skipped
+        output = attention.attend(query, stage.all_keys, stage.all_values, visibility, rule, skipped)
+
+        def add_votes(scores: Tensor, query_weights: Tensor, carry: Tensor) -> None:
+            lost = add_column_sums_(scores, query, stage.all_keys, visibility, rule, skipped, query_weights, carry)
+            if lost is not None:
+                voters = (query_weights > 0).sum(-1).clamp(min=1) * (query.shape[1] // stage.keys.shape[1])
+                self.lost.copy_(lost / voters[:, None])
+
+        self._fold_many(stage, add_votes)
+        return output
+
+    def _fold_many(self, stage: Stage, add_votes: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        B, Q, N = stage.keys.shape[0], stage.queries, self.settings.slots
+        T = stage.all_keys.shape[2] - Q
+        valid = torch.ones(B, Q, dtype=torch.bool, device=self.device) if stage.valid is None else stage.valid
+        new = self._new_facts(stage)
         state = {name: torch.cat([getattr(self, name)[:, :, :T], x], dim=2) for name, x in new.items()}
-        torch.ops.fsdc.accumulate_scores_(state["scores"], weights, *votes)
+        add_votes(state["scores"], *score_rule.query_weights(valid, self.settings.score_decay))
         if self.settings.redundancy > 0:
+            positions = new["positions"][:, 0]
             score_rule.raise_redundancy(state["redundancy"], stage.all_keys, state["positions"], stage.keys, positions)
+        self.seen += valid.sum(-1, dtype=torch.int32)
         keys, values = stage.all_keys, stage.all_values
         if T + Q > N:
-            eviction = score_rule.eviction_scores(**state, seen=self.seen, settings=self.settings, group=self.group)
+            facts = {name: state[name] for name in RULE_FACTS}
+            eviction = score_rule.eviction_scores(**facts, seen=self.seen, settings=self.settings, group=self.group)
             keys, values, kept = torch.ops.fsdc.truncate(keys, values, eviction, N)
             if self.settings.include_skipped:
                 lost = (state["positions"] >= 0).scatter(2, kept, False)
@@ -297,96 +304,71 @@ class FixedSizeLayer(DynamicLayer):
         for name, x in {"keys": keys, "values": values, **state}.items():
             getattr(self, name)[:, :, :held] = x
         self._clear(N)
+        self._end(stage)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, H, min(S, C), D]`` that are held; where the cache keeps the evicted ones and there are
-        some, the last entry is their literal sum."""
-        if not self.is_initialized:
-            raise RuntimeError("this layer holds nothing yet; run the model first")
-        T = self.held_slots
-        keys, values = self.keys[:, :, :T], self.values[:, :, :T]
-        if self.skipped is None:
-            return keys, values
-        return (
-            torch.cat([keys, self.skipped_keys[:, :, None].to(keys.dtype)], dim=2),
-            torch.cat([values, self.skipped_values[:, :, None].to(values.dtype)], dim=2),
-        )
-
-    def has_holes(self) -> bool:
-        """Whether padding left slots in use empty. Waits for the device."""
-        return self.may_have_holes and bool((self.positions[:, :, : self.held_slots] < 0).any())
-
     def load(self, keys: Tensor, values: Tensor) -> None:
         """Takes over tokens ``[B, H, S, D]`` of another cache: score 0, positions from 0 on, cut at once."""
-        S = keys.shape[2]
-        if S:
+        if keys.shape[2]:
             self.update(keys, values)
             self.fold(None)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "last_returned"}
 
     def _stage(self, who: str) -> Stage:
         if self.staged is None:
             raise RuntimeError(f"{who}: there are no new tokens; call update() first, once for each step")
         return self.staged
 
-    def _fits(self, keys: Tensor, values: Tensor) -> bool:
-        return all(
-            new.shape[:2] == old.shape[:2]
-            and new.shape[3] == old.shape[3]
-            and new.dtype == old.dtype
-            and new.device == old.device
-            for new, old in ((keys, self.keys), (values, self.values))
-        )
+    def _end(self, stage: Stage) -> None:
+        if stage.valid is not None:
+            self.may_have_holes = True
+        self.columns_on_device.add_(stage.queries)
+        self._columns = None if torch.compiler.is_compiling() else self.columns + stage.queries
+        self.staged = None
 
-    def _new_facts(self, stage: Stage, valid: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """What is known of the new tokens before anybody has voted, each ``[B, H, Q]``."""
-        B, H, Q = stage.keys.shape[:3]
+    def _new_facts(self, stage: Stage) -> dict[str, Tensor]:
+        """What is known of new tokens before anybody votes, each ``[B, H, Q]``. Padding has position and score of an
+        empty slot; what the user protects has all the score there is."""
+        (B, H, Q), valid = stage.keys.shape[:3], stage.valid
+        positions = self.seen.clone()[:, None]
+        if Q > 1 or valid is not None:
+            counted = torch.ones(B, Q, dtype=torch.bool, device=self.device) if valid is None else valid
+            positions = positions + counted.cumsum(-1, dtype=torch.int32) - 1
+        scores = torch.zeros(B, H, Q, dtype=torch.float32, device=self.device)
+        if valid is not None:
+            positions = positions.masked_fill(~valid, -1)
+            scores.masked_fill_(~valid[:, None], -math.inf)
+        if self.spans is not None:
+            scores.masked_fill_(in_spans(self.spans, positions)[:, None], math.inf)
         return {
-            "scores": torch.where(valid, 0.0, -math.inf)[:, None].expand(B, H, Q),
+            "scores": scores,
             "positions": positions[:, None].expand(B, H, Q),
             "value_weights": stage.values.float().norm(dim=-1),
-            "redundancy": torch.zeros(B, H, Q, device=self.device),
+            "redundancy": torch.zeros_like(scores),
+            "key_scales": stage.keys.float().norm(dim=-1).clamp_(min=1e-12).reciprocal_(),
         }
 
-    def _eviction_scores(self) -> Tensor:
-        state = {name: getattr(self, name) for name in TOKEN_FACTS}
-        return score_rule.eviction_scores(**state, seen=self.seen, settings=self.settings, group=self.group)
+    def _facts(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in RULE_FACTS}
 
-    def _add_skipped(self, keys: Tensor, values: Tensor, lost: Tensor) -> None:
-        """Adds the tokens ``[B, H, S, D]`` where ``lost`` ``[B, H, S]`` says so to the entry of the evicted ones."""
-        for total, rows in ((self.skipped_keys, keys), (self.skipped_values, values)):
-            total += torch.where(lost[..., None], rows.to(total.dtype), 0).sum(2)
-        self.skipped_count += lost.sum(-1, dtype=torch.int32)
 
-    def _clear(self, slot: int) -> None:
-        self.positions[:, :, slot] = -1
-        self.scores[:, :, slot] = -math.inf
+def _first(x: Tensor, count: int) -> Tensor:
+    """The first slots of a buffer ``[B, H, N + 1, ...]``; the buffer itself where these are all, for no cost."""
+    return x if count == x.shape[2] else x[:, :, :count]
 
-    def _sort_by_position(self) -> None:
-        if self.is_ordered:
-            return
-        T = self.held_slots
-        order = self.positions[:, :, :T].argsort(dim=-1, stable=True)
-        for name in PER_SLOT:
-            slots = getattr(self, name)[:, :, :T]
-            index = order[..., None].expand_as(slots) if slots.dim() == 4 else order
-            slots.copy_(slots.gather(2, index))
-        self.is_ordered = True
 
-    def _map_rows(self, change) -> None:
-        """Applies a selection of batch rows to all state, in place where the batch size stays."""
-        if self.staged is not None:
-            raise RuntimeError(NO_REPORT.format("reorder"))
-        for name in (*PER_SLOT, *(name for name in PER_ROW if hasattr(self, name))):
-            old = getattr(self, name)
-            with torch.inference_mode(False):
-                new = change(old)
-                if new.shape == old.shape:
-                    old.copy_(new)
-                else:
-                    setattr(self, name, new)
-        self.last_returned = None
+def _add_weights(weights: Tensor, scores: Tensor, query_weights: Tensor, carry: Tensor) -> None:
+    torch.ops.fsdc.accumulate_scores_(scores, weights, query_weights, carry)
+
+
+def _check_weights(weights: Tensor, B: int, H: int, Q: int, columns: int, device: torch.device) -> None:
+    if weights.dim() != 4 or weights.shape[0] != B or weights.shape[1] % H != 0 or weights.device != device:
+        raise ValueError(
+            f"attention weights must be [B, Hq, Q, columns] with B = {B} and a multiple of the {H} KV heads on "
+            f"{device}; got sizes {list(weights.shape)} on {weights.device}"
+        )
+    if weights.shape[2:] != (Q, columns):
+        raise ValueError(
+            f"attention weights must have the {Q} queries and {columns} columns of this step, as "
+            f"update() returned them; got sizes {list(weights.shape)}"
+        )

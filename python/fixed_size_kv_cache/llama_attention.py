@@ -3,8 +3,8 @@
 
     LlamaAttention.forward = forward
 
-It attends to what the cache holds, reports its weights to the cache, and lets it evict. The attention implementation
-that the config names is not used, so the line that sets "eager" is not needed any more.
+It attends to what the cache holds and lets it evict. The attention implementation that the config names is not used, so
+the line that sets "eager" is not needed any more. ``enable(model)`` does the same for every model, without a patch.
 """
 
 import types
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
+from .attention import LogitRule
 from .dynamic_cache import FixedSizeDynamicCache
 
 _stock_forward = LlamaAttention.forward
@@ -30,9 +31,9 @@ def forward(
     """Attention of one LLaMA layer over a cache of fixed size.
 
     Takes the arguments of every supported version of transformers (the cache was called ``past_key_value`` before
-    4.56) and returns what all of them expect: the output ``[B, Q, hidden]`` and the attention weights ``[B, Hq, Q,
-    columns]`` over what the cache held in this step. A stock ``DynamicCache`` becomes one of ours. Without a cache it
-    is the stock forward.
+    4.56) and returns what all of them expect: the output ``[B, Q, hidden]`` and, if ``output_attentions`` asks for
+    them, the attention weights ``[B, Hq, Q, columns]`` over what the cache held in this step. A stock ``DynamicCache``
+    becomes one of ours. Without a cache it is the stock forward.
     """
     cache = past_key_values if past_key_values is not None else kwargs.pop("past_key_value", None)
     if cache is None:
@@ -49,21 +50,15 @@ def forward(
     query_states, key_states = apply_rotary_pos_emb(query_states, key_states, *position_embeddings)
 
     cache = FixedSizeDynamicCache.from_legacy_cache(cache, self.layer_idx)
-    cache.expected_layers = self.config.num_hidden_layers
-    key_states, value_states = cache.update(key_states, value_states, self.layer_idx)
-    attn_output, attn_weights = cache.layers[self.layer_idx].attend(query_states, attention_mask, self.scaling)
-    attn_output = self.o_proj(attn_output.transpose(1, 2).reshape(B, Q, -1))
-
-    cache.key_cache[self.layer_idx], cache.value_cache[self.layer_idx] = FixedSizeDynamicCache.from_legacy_cache(
-        cache, self.layer_idx
-    ).cache_truncate(
-        self.layer_idx,
-        query_states,
-        key_states,
-        attn_weights,
-        attention_mask,
-    )
-    return attn_output, attn_weights.to(query_states.dtype)
+    if cache.last_layer is None:
+        cache.last_layer = self.config.num_hidden_layers - 1
+    cache.update(key_states, value_states, self.layer_idx)
+    rule, weights = LogitRule(self.scaling), None
+    if kwargs.get("output_attentions") or self.config.output_attentions:
+        weights = cache.layers[self.layer_idx].attention_weights(query_states, attention_mask, rule)
+        weights = weights.to(query_states.dtype)
+    attn_output = cache.attend(self.layer_idx, query_states, attention_mask, rule)
+    return self.o_proj(attn_output.transpose(1, 2).reshape(B, Q, -1)), weights
 
 
 def bind(model: Any) -> Any:

@@ -20,8 +20,28 @@ class NewTokens(NamedTuple):
     valid: Tensor | None  # bool [B, Q]: not padding; None: all
     sees: Tensor | None  # bool [B, Q, Q], query by new token; None: all up to itself
 
+    def first(self, count: int) -> "NewTokens":
+        """Of the first tokens only."""
+        valid = None if self.valid is None else self.valid[:, :count]
+        return NewTokens(valid, None if self.sees is None else self.sees[:, :count, :count])
 
-def read_mask(mask: Tensor | None, B: int, Q: int, S: int) -> NewTokens:
+    def then(self, later: "NewTokens", B: int, Q: int, later_Q: int, device: torch.device) -> "NewTokens":
+        """Of both as one step of ``Q + later_Q`` tokens."""
+        valid = sees = None
+        if self.valid is not None or later.valid is not None:
+            every = torch.ones(B, Q + later_Q, dtype=torch.bool, device=device)
+            parts = ((self.valid, Q), (later.valid, later_Q))
+            valid = torch.cat([every[:, :n] if new is None else new for new, n in parts], dim=1)
+        if self.sees is not None or later.sees is not None:
+            sees = torch.ones(Q + later_Q, Q + later_Q, dtype=torch.bool, device=device).tril().repeat(B, 1, 1)
+            if self.sees is not None:
+                sees[:, :Q, :Q] = self.sees
+            if later.sees is not None:
+                sees[:, Q:, Q:] = later.sees
+        return NewTokens(valid, sees)
+
+
+def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
     """Reads the columns of the new tokens.
 
     Args:
@@ -30,11 +50,11 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int) -> NewTokens:
             and perhaps some to come.
         B: rows.
         Q: new tokens.
-        S: tokens seen before them, padding included.
+        S: tokens seen before them, padding included; None: the columns end with the new tokens.
 
     Raises:
         TypeError: for a mask that is not a tensor, such as flex attention's.
-        ValueError: for a tensor of another rank.
+        ValueError: for a tensor of another rank, and for a mask per head.
     """
     if mask is None:
         return NewTokens(None, None)
@@ -42,7 +62,12 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int) -> NewTokens:
         raise TypeError(f'attention_mask must be a tensor; got {type(mask).__name__}; set attn_implementation="eager"')
     if mask.dim() not in (2, 4):
         raise ValueError(f"attention_mask must be [B, columns] or [B, 1, Q, columns]; got sizes {list(mask.shape)}")
-    first = S if mask.shape[-1] >= S + Q else mask.shape[-1] - Q
+    if mask.dim() == 4 and mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask must be the same for all heads, [B, 1, Q, columns]; got sizes {list(mask.shape)}: a model "
+            "that weighs tokens by its mask cannot be capped; call disable(model)"
+        )
+    first = S if S is not None and mask.shape[-1] >= S + Q else mask.shape[-1] - Q
     new = mask[..., first : first + Q]
     if mask.dim() == 2:
         return NewTokens(new.bool().expand(B, Q), None)

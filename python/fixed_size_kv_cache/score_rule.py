@@ -10,8 +10,7 @@ rule comes from.
 import torch
 from torch import Tensor
 
-from .reference import rank
-from .settings import Settings
+from .settings import FixedSizeCacheConfig
 
 COSINE_BLOCK = 256  # new keys compared at a time, so that no [S, S] matrix is made
 
@@ -41,31 +40,33 @@ def eviction_scores(
     value_weights: Tensor,  # [B, H, S]
     redundancy: Tensor,  # [B, H, S]
     seen: Tensor,  # [B]
-    settings: Settings,
+    settings: FixedSizeCacheConfig,
     group: int,
 ) -> Tensor:
     """The eviction score ``[B, H, S]`` in float32: -inf for empty slots, +inf for protected tokens.
 
     ``group`` is the number of query heads per KV head, whose attention ``scores`` sums up.
     """
-    if settings.policy == "streaming":
-        free = torch.zeros_like(scores)  # all tie, so the oldest goes
-    elif settings.policy == "random":
-        free = _hash(positions)
-    else:
+    if settings.policy == "attention":
         weight = value_weights if settings.value_weight else 1.0
-        free = (scores + settings.score_prior * group) * weight * (1.0 - settings.redundancy * redundancy)
-        free = torch.where(scores.isfinite(), free, scores)
-    first_recent = (seen - settings.recent_tokens)[:, None, None]
-    protected = (positions < settings.sink_tokens) | (positions >= first_recent)
-    free = torch.where(protected, float("inf"), free)
-    return torch.where(positions < 0, float("-inf"), free)
+        free = (scores + settings.score_prior * group) * weight * torch.rsub(redundancy, 1.0, alpha=settings.redundancy)
+        free = torch.where(scores.abs() < float("inf"), free, scores)
+    else:  # streaming: all tie, so the oldest goes
+        free = _hash(positions) if settings.policy == "random" else torch.zeros_like(scores)
+        free = torch.where(scores == float("inf"), scores, free)
+    protected = positions >= (seen - settings.recent_tokens).view(-1, 1, 1)
+    if settings.sink_tokens > 0:
+        protected |= positions < settings.sink_tokens
+    free.masked_fill_(protected, float("inf"))
+    return free.masked_fill_(positions < 0, float("-inf"))
 
 
 def least(eviction: Tensor, positions: Tensor) -> Tensor:
-    """The slot that goes first, ``[B, H, 1]`` in int64."""
-    order = rank(eviction) * (1 << 32) + positions  # of equal scores the smaller position
-    return order.argmin(-1, keepdim=True)
+    """The slot that goes first, ``[B, H, 1]`` in int64: of equal scores the smaller position, of empty slots the
+    first."""
+    order = eviction.double().nan_to_num_(nan=1e300, posinf=float("inf"), neginf=float("-inf"))  # NaN after all finite
+    others = order != order.amin(-1, keepdim=True)
+    return positions.masked_fill(others, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)
 
 
 def raise_redundancy(

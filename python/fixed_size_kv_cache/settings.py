@@ -18,8 +18,8 @@ _FALSE = {"false", "0", "no", "off"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Size and eviction rule of a cache. What is left ``None`` is chosen when the object is made, see ``resolve``.
+class FixedSizeCacheConfig:
+    """Size and eviction rule of a cache, checked when it is made; what is left ``None`` is chosen then too.
 
     Args:
         cache_size: tokens per layer and KV head, at least 1. With ``include_skipped`` one of them is the entry of the
@@ -37,6 +37,14 @@ class Settings:
         free_memory: give unused memory of the CUDA allocator back after the compaction of a prompt or chunk, once per
             forward. It waits for the device, and the next allocations are slower.
         policy: ``attention``, or the baselines ``streaming`` (sinks and the last tokens) and ``random``.
+
+    Raises:
+        TypeError: for a value of another type.
+        ValueError: for a value out of range, and for environment variables that cannot be read.
+
+    Example:
+        >>> FixedSizeCacheConfig(cache_size=100, sink_tokens=4).slots
+        100
     """
 
     cache_size: int | None = None
@@ -108,7 +116,20 @@ def _warn_of_sum() -> None:
     )
 
 
-SETTING_NAMES = tuple(field.name for field in fields(Settings))
+SETTING_NAMES = tuple(field.name for field in fields(FixedSizeCacheConfig))
+
+
+def read_settings(who: str, settings: FixedSizeCacheConfig | None, fields: dict) -> FixedSizeCacheConfig:
+    """Settings as a caller gives them: one object, or its fields one by one."""
+    if unknown := sorted(fields.keys() - set(SETTING_NAMES)):
+        raise TypeError(f"{who} takes {', '.join(SETTING_NAMES)}; got {', '.join(unknown)}")
+    if settings is None:
+        return FixedSizeCacheConfig(**fields)
+    if not isinstance(settings, FixedSizeCacheConfig):
+        raise TypeError(f"{who}: settings must be a FixedSizeCacheConfig; got {type(settings).__name__}")
+    if fields:
+        raise TypeError(f"{who}: settings must be one object or single fields, not both; got {', '.join(fields)} too")
+    return settings
 
 
 def read_size(name: str, default: int) -> int:

@@ -97,7 +97,7 @@ def test_a_step_that_nobody_ends_is_noticed_and_reset_helps():
 
 def test_truncate_without_update_is_refused():
     cache = FixedSizeDynamicCache(cache_size=4)
-    with pytest.raises(RuntimeError, match=r"layer 0 must be filled by update"):
+    with pytest.raises(RuntimeError, match=r"layer 0 must be one of ours that update\(\) has filled"):
         cache.cache_truncate(0, torch.ones(1, 2, 1, 3), torch.ones(1, 2, 1, 3))
 
 

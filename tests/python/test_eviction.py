@@ -9,10 +9,11 @@ from llamas import feed, held_positions, new_cache, recipe, tiny_llama, tokens
 from steps import PLAIN, last_column, one_token, step
 
 from fixed_size_kv_cache import settings as settings_module
+from fixed_size_kv_cache.attention import LogitRule, Skipped, attend_with_weights, products_of
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
 from fixed_size_kv_cache.layer import FixedSizeLayer
 from fixed_size_kv_cache.score_rule import eviction_scores, least, query_weights
-from fixed_size_kv_cache.settings import Settings
+from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 
 def test_the_least_attended_token_goes_per_head():
@@ -80,7 +81,7 @@ def test_a_cache_of_one_token_keeps_the_better_one():
 
 
 def test_the_score_rule():
-    settings = Settings(cache_size=8, sink_tokens=1, recent_tokens=1, redundancy=0.5, score_prior=0.05)
+    settings = FixedSizeCacheConfig(cache_size=8, sink_tokens=1, recent_tokens=1, redundancy=0.5, score_prior=0.05)
     nan, inf = float("nan"), float("inf")
     scores = torch.tensor([[[0.1, 0.4, 0.4, nan, inf, -inf, 0.2]]])
     positions = torch.tensor([[[0, 1, 2, 3, 4, -1, 6]]], dtype=torch.int32)
@@ -182,7 +183,7 @@ def test_decode_path_and_chunk_path_evict_the_same(include_skipped, monkeypatch)
     with recipe():
         decoded, selected = (new_cache(model, 16, include_skipped=include_skipped) for _ in range(2))
         logits = feed(model, decoded, ids)
-        monkeypatch.setattr(FixedSizeLayer, "_fold_one", FixedSizeLayer._fold_chunk)
+        monkeypatch.setattr(FixedSizeLayer, "_step_one", FixedSizeLayer._step_many)
         torch.testing.assert_close(feed(model, selected, ids), logits, rtol=1e-6, atol=1e-6)
     for layer, other in zip(decoded.layers, selected.layers, strict=True):
         for row in range(2):
@@ -233,18 +234,21 @@ def test_one_evicted_token_is_attended_to_as_itself():
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
 
 
+def attention(query, keys, values, visible=None, skipped=None):
+    skipped = None if skipped is None else Skipped(*skipped)
+    return attend_with_weights(query, products_of(query, keys), values, visible, LogitRule(0.5), skipped)
+
+
 def test_mean_and_sum_of_equal_tokens():
     """n equal evicted tokens: the mean with log n is exact, the literal sum is not."""
-    from fixed_size_kv_cache.attention import Skipped, attend
-
     torch.manual_seed(0)
     key, value, query = (torch.randn(1, 1, 1, 4, dtype=torch.float64) for _ in range(3))
     others = torch.randn(1, 1, 3, 4, dtype=torch.float64)
     n = 5
-    exact, _ = attend(query, torch.cat([others, *[key] * n], 2), torch.cat([others, *[value] * n], 2), None, 0.5)
+    exact = attention(query, torch.cat([others, *[key] * n], 2), torch.cat([others, *[value] * n], 2))[0]
     outputs = {
-        mode: attend(
-            query, others, others, None, 0.5, Skipped(n * key[:, :, 0], n * value[:, :, 0], torch.tensor([[n]]), mode)
+        mode: attention(
+            query, others, others, skipped=(n * key[:, :, 0], n * value[:, :, 0], torch.tensor([[n]]), mode)
         )[0]
         for mode in ("mean", "sum")
     }
@@ -253,16 +257,14 @@ def test_mean_and_sum_of_equal_tokens():
 
 
 def test_what_nobody_sees_contributes_nothing_and_nan_is_not_hidden():
-    from fixed_size_kv_cache.attention import attend
-
     nan = float("nan")
     query, keys, values = torch.ones(1, 2, 2, 4), torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4)
     keys[0, 0, 1], values[0, 0, 1] = nan, nan
     visible = torch.tensor([[[[True, False, True], [False, False, False]]]])
-    output, weights = attend(query, keys, values, visible, 0.5)
+    output, weights, _ = attention(query, keys, values, visible)
     assert output[0, :, 0].eq(1).all() and output[0, :, 1].eq(0).all()
     assert weights[0, 0].tolist() == [[0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]
-    assert attend(query, keys, values, ~visible, 0.5)[0][0, 0].isnan().all()
+    assert attention(query, keys, values, ~visible)[0][0, 0].isnan().all()
 
 
 def test_the_literal_sum_warns_once():

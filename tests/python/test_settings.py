@@ -9,7 +9,7 @@ import torch
 from llamas import tiny_llama
 
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
-from fixed_size_kv_cache.settings import Settings
+from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 
 def test_a_positional_config_is_refused_with_the_right_form():
@@ -54,7 +54,7 @@ def test_settings_out_of_range(settings, error, text):
     "size, sinks, recent, decay", [(1, 0, 0, 0.5), (2, 0, 0, 0.5), (9, 1, 2, 1 - 4 / 9), (1024, 4, 256, 1 - 4 / 1024)]
 )
 def test_default_settings(size, sinks, recent, decay):
-    made = Settings(cache_size=size)
+    made = FixedSizeCacheConfig(cache_size=size)
     assert (made.sink_tokens, made.recent_tokens, made.score_decay) == (sinks, recent, decay)
 
 
@@ -90,7 +90,7 @@ def test_memory_is_freed_once_per_forward_and_never_in_a_decode_step(monkeypatch
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("freed"))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     cache = FixedSizeDynamicCache(cache_size=8, free_memory=True)
-    cache.expected_layers = 3
+    cache.last_layer = 2
     cache.layers = [types.SimpleNamespace(device=torch.device("cuda")) for _ in range(3)]
     for queries, expected in ((20, 1), (1, 0)):
         calls.clear()

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where generate() of transformers makes its cache: the place at which an enabled model gets one of ours.
+
+Importing puts one hook before ``GenerationMixin._prepare_cache_for_generation``. It does nothing for models that are
+neither enabled nor of the attention implementation "fsdc".
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationMixin
+
+from . import adoption
+from ._compat import (
+    CHUNKS_FORGET_EARLIER_TURNS,
+    CHUNKS_FORGET_PADDING,
+    DynamicCache,
+    is_assisted,
+    prompt_length,
+)
+from .attention_interface import NAME
+from .capability import text_config
+from .dynamic_cache import FixedSizeDynamicCache
+from .settings import CACHE_SIZE, FixedSizeCacheConfig
+
+MARK = "_fixed_size_cache"  # the attribute of an enabled model; no parameter and no buffer, so it is not saved
+REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
+TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids"}
+
+
+class Default:
+    """What as_default has set: a function that enables a model, or nothing."""
+
+    enable: Callable[[Any], Any] | None = None
+
+
+DEFAULT = Default()
+
+
+def enabled(model: Any) -> Any:
+    """The handle of an enabled model, None for others."""
+    return vars(model).get(MARK)
+
+
+def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
+    """After transformers has made a cache, or taken the user's: what an enabled model goes on with."""
+    cache = model_kwargs.get("past_key_values")
+    use_cache = model_kwargs.get("use_cache")
+    use_cache = generation_config.use_cache if use_cache is None else use_cache
+    if cache is None:
+        if use_cache:
+            raise NotImplementedError(
+                f"generate: transformers must make the cache; it makes none for {type(model).__name__}, which has "
+                "one of its own; call disable(model)"
+            )
+        return
+    if isinstance(cache, FixedSizeDynamicCache):
+        if use_cache is False:
+            raise ValueError("generate: use_cache must be True with a FixedSizeDynamicCache; got False; leave one away")
+    elif type(cache) is not DynamicCache:
+        raise TypeError(
+            f'generate: the cache of a model with "{NAME}" attention must be a FixedSizeDynamicCache or an empty '
+            f"DynamicCache; got a {type(cache).__name__}; {REMEDY}, or call disable(model)"
+        )
+    else:
+        adoption.adopt_empty(cache, model.config, _handle(model).settings)
+    assisted = is_assisted(generation_config, arguments)
+    if assisted:
+        cache.activate_past_recording()
+    else:
+        cache.stop_past_recording()
+    cache.allow_compilation(generation_config.compile_config is not None)
+    _choose_chunks(model, generation_config, model_kwargs, assisted)
+
+
+def _handle(model: Any) -> Any:
+    """Of an enabled model, or one for this call where only the attention was set."""
+    handle = enabled(model)
+    if handle is not None:
+        return handle
+    from .enabling import Enabled
+
+    if CACHE_SIZE not in os.environ:
+        raise RuntimeError(
+            f'generate: a model with attn_implementation="{NAME}" must be told the size of its cache; call '
+            f"enable(model, cache_size=...), set {CACHE_SIZE}, or pass past_key_values=FixedSizeDynamicCache("
+            "config=model.config, cache_size=...)"
+        )
+    settings = FixedSizeCacheConfig()
+    return Enabled(model, settings, max(512, settings.cache_size))
+
+
+def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assisted: bool) -> None:
+    """Sets the chunks that the prompt is read in, in this call's own copy of the config."""
+    mask, seen = model_kwargs.get("attention_mask"), model_kwargs["past_key_values"].get_seq_length()
+    naive = (CHUNKS_FORGET_EARLIER_TURNS and seen > 0) or (
+        CHUNKS_FORGET_PADDING and mask is not None and not bool(mask.all())
+    )
+    if generation_config.prefill_chunk_size is not None:
+        if naive:
+            raise ValueError(
+                "generate: prefill_chunk_size must be None on this version of transformers with padding or tokens of "
+                f"an earlier turn, which it would read wrongly; got {generation_config.prefill_chunk_size}; update "
+                "transformers"
+            )
+        return
+    handle = enabled(model)
+    others = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)} - TEXT_INPUTS
+    if handle is None or naive or assisted or others or generation_config.compile_config is not None:
+        return  # in one piece
+    if prompt_length(generation_config, model_kwargs) > handle.prefill_chunk_size:
+        generation_config.prefill_chunk_size = handle.prefill_chunk_size
+
+
+def _install() -> None:
+    original = GenerationMixin._prepare_cache_for_generation
+
+    @functools.wraps(original)
+    def prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+        if DEFAULT.enable is not None and enabled(self) is None:
+            DEFAULT.enable(self)
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        if enabled(self) is not None or text_config(self.config)._attn_implementation == NAME:
+            _prepare(self, generation_config, model_kwargs, (*args, *kwargs.values()))
+        return result
+
+    GenerationMixin._prepare_cache_for_generation = prepare_cache_for_generation
+
+
+_install()
