@@ -35,7 +35,7 @@ def assert_same_tokens_held(cache, other, row: int = 0) -> None:
 
 def _scores_by_position(layer: FixedSizeLayer, row: int) -> list[dict[int, float]]:
     facts = {name: getattr(layer, name) for name in ("scores", "positions", "value_weights", "redundancy")}
-    scores = eviction_scores(**facts, seen=layer.seen, settings=layer.settings)
+    scores = eviction_scores(**facts, seen=layer.seen, settings=layer.settings, group=layer.group)
     return [
         {p: s for p, s in zip(positions, values, strict=True) if p >= 0}
         for positions, values in zip(layer.positions[row].tolist(), scores[row].tolist(), strict=True)
