@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every text decoder of the installed transformers, with a tiny random config: does enable() cap it, or refuse it?
 
-python tests/python/families.py           # writes the table in docs/huggingface.md
-python tests/python/families.py llama     # one family
+python tests/python/families.py             # writes the table in docs/huggingface.md
+python tests/python/families.py --print     # shows it
+python tests/python/families.py llama       # one family
 """
 
-import os
 import re
 import sys
 import warnings
@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from fixed_size_kv_cache import FixedSizeLayer, enable
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/huggingface.md"
-BLOCK = re.compile(r"(<!-- families: .*? -->\n).*?(<!-- end of families -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- families: .*? -->\n)(.*?)(<!-- end of families -->)", re.DOTALL)
 LARGE, CAPPED, PADS, NEW, LIMIT = 64, 8, 3, 8, 3_000_000
 WORKS, NOTHING = "works", "nothing to cap"
 
@@ -208,10 +208,8 @@ def table(verdicts: dict[str, str]) -> str:
     """Works and refusals, families of one verdict in one line."""
     by_text: dict[str, list[str]] = {}
     for name, text in verdicts.items():
-        key = text
-        if text not in (WORKS, NOTHING):
-            key = re.sub(r"\bgot \S+,", "got it,", re.sub(r"^\w+: the keys", "the keys", text))
-            key = key.replace(f" of {name}", "")
+        key = re.sub(r"^\w+: |generate: ", "", text) if text.startswith(("generate", "Diff", "Jet")) else text
+        key = re.sub(r"\b(got|for) \w+,", r"\1 it,", key.replace(f" of {name}", ""))
         by_text.setdefault(key, []).append(name)
     order = sorted(by_text, key=lambda text: (text != WORKS, text != NOTHING, text.startswith("not tried"), text))
     lines = [f"| transformers {transformers.__version__} | families |", "| --- | --- |"]
@@ -223,15 +221,16 @@ def table(verdicts: dict[str, str]) -> str:
 
 
 def main() -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(50)
+    names = [name for name in sys.argv[1:] if not name.startswith("-")]
     verdicts = {}
-    for name in sys.argv[1:] or discover():
+    for name in names or discover():
         verdicts[name] = verdict(name)
-        print(f"{name}: {verdicts[name]}", flush=True)
-    if not sys.argv[1:]:
-        page = PAGE.read_text()
-        PAGE.write_text(BLOCK.sub(lambda block: block[1] + table(verdicts) + block[2], page))
+        print(f"{name}: {verdicts[name]}", file=sys.stderr, flush=True)
+    if "--print" in sys.argv:
+        print(table(verdicts), end="")
+    elif not names:
+        PAGE.write_text(BLOCK.sub(lambda block: block[1] + table(verdicts) + block[3], PAGE.read_text()))
         print(f"wrote {PAGE}")
 
 
