@@ -79,6 +79,7 @@ class FixedSizeDynamicCache(BaseCache):
         self.layer_class_to_replicate = None  # we append layers ourselves
         own = [i for i, layer in enumerate(self.layers) if isinstance(layer, FixedSizeLayer)]
         self.last_layer = own[-1] if own else None
+        self.trained_positions = None if config is None else trained_positions(config)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -103,6 +104,9 @@ class FixedSizeDynamicCache(BaseCache):
             return layer.update(key_states, value_states, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self._check_columns(layer_idx, key_states.shape[2])
+            if layer_idx == self.last_layer and self.trained_positions is not None:
+                if layer.get_seq_length() + key_states.shape[2] > self.trained_positions:
+                    _warn_of_positions(self.trained_positions)
         keys, values = layer.update(key_states, value_states)
         HANDOFF.offer(self, layer_idx, keys)
         return keys, values
@@ -325,6 +329,21 @@ class FixedSizeDynamicCache(BaseCache):
             return
         if self.layers[layer_idx].device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.empty_cache()
+
+
+def trained_positions(config: Any) -> int | None:
+    """How many tokens a model was trained to read at once, None where its config does not say."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+@functools.cache
+def _warn_of_positions(trained: int) -> None:
+    """Once per process and length."""
+    warnings.warn(
+        f"this text is longer than the {trained} tokens that the model was trained to read (max_position_embeddings); a "
+        "cache of fixed size bounds memory, it does not extend that",
+        stacklevel=3,
+    )
 
 
 @functools.cache

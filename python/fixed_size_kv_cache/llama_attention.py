@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from .attention import LogitRule
-from .dynamic_cache import FixedSizeDynamicCache
+from .dynamic_cache import FixedSizeDynamicCache, trained_positions
 
 _stock_forward = LlamaAttention.forward
 
@@ -52,6 +52,7 @@ def forward(
     cache = FixedSizeDynamicCache.from_legacy_cache(cache, self.layer_idx)
     if cache.last_layer is None:
         cache.last_layer = self.config.num_hidden_layers - 1
+        cache.trained_positions = trained_positions(self.config)
     cache.update(key_states, value_states, self.layer_idx)
     rule, weights = LogitRule(self.scaling), None
     if kwargs.get("output_attentions") or self.config.output_attentions:

@@ -2,6 +2,7 @@
 """FixedSizeDynamicCache by itself: caches from elsewhere, the two halves of a step, rows, copies and modes."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache, MistralConfig, Stati
 
 import fixed_size_kv_cache
 from fixed_size_kv_cache import reference
-from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
+from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache, _warn_of_positions
 
 
 def test_from_legacy_cache_of_nothing_ours_and_stock():
@@ -317,3 +318,22 @@ def test_rank_is_the_order_of_the_operators():
     ranks = reference.rank(torch.tensor([-inf, -1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0, nan, inf]))
     assert ranks.tolist() == sorted(ranks.tolist()) and ranks[3] == ranks[4]
     assert len(set(ranks.tolist())) == 8
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_past_the_trained_context_it_warns_once(passed):
+    """With a cache that was made for the model, and with one that forward has taken over."""
+    _warn_of_positions.cache_clear()
+    model, ids = tiny_llama(), tokens(1, 20)
+    model.config.max_position_embeddings = 30
+    cache = FixedSizeDynamicCache(config=model.config, cache_size=8) if passed else DynamicCache()
+    with recipe():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            feed(model, cache, ids, [20])
+            feed(model, cache, ids[:, :10], [1] * 10)
+        with pytest.warns(UserWarning, match="longer than the 30 tokens that the model was trained to read"):
+            feed(model, cache, ids[:, :1], [1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            feed(model, cache, ids[:, :1], [1])
