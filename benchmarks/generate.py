@@ -3,7 +3,8 @@
 
 python benchmarks/generate.py [rounds]
 
-Caches are filled with random keys and values, so that a long text costs nothing to make. The stock cache forgets the tokens of a round before the next, ours goes on.
+Caches are filled with random keys and values, so that a long text costs nothing to make. The stock cache
+forgets the tokens of a round before the next, ours goes on.
 """
 
 import sys
@@ -22,7 +23,7 @@ from fixed_size_kv_cache import FixedSizeDynamicCache, disable, enable  # noqa: 
 
 TOKENS = 16  # of a call
 CHUNK = 4096  # tokens that a cache is filled with at a time
-LENGTHS = (1, 4, 32)  # of the cache's size
+LENGTHS = (1, 2, 4, 8, 16, 32)  # of the cache's size
 
 
 def llama(dtype: torch.dtype) -> LlamaForCausalLM:

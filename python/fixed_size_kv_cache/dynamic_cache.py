@@ -104,9 +104,8 @@ class FixedSizeDynamicCache(BaseCache):
             return layer.update(key_states, value_states, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self._check_columns(layer_idx, key_states.shape[2])
-            if layer_idx == self.last_layer and self.trained_positions is not None:
-                if layer.get_seq_length() + key_states.shape[2] > self.trained_positions:
-                    _warn_of_positions(self.trained_positions)
+            if layer_idx == self.last_layer:
+                self._check_positions(layer.get_seq_length() + key_states.shape[2])
         keys, values = layer.update(key_states, value_states)
         HANDOFF.offer(self, layer_idx, keys)
         return keys, values
@@ -122,6 +121,10 @@ class FixedSizeDynamicCache(BaseCache):
                 f"update: layer {layer_idx} must have seen as many tokens as layer 0, {ahead} with this "
                 f"step; got {expected}; a forward broke off between layers: call reset() to begin anew"
             )
+
+    def _check_positions(self, seen: int) -> None:
+        if self.trained_positions is not None and seen > self.trained_positions:
+            _warn_of_positions(self.trained_positions)
 
     def attend(self, layer_idx: int, query_states: Tensor, attention_mask: Tensor | None, rule: LogitRule) -> Tensor:
         """Ends the step of a layer: attention of its queries ``[B, Hq, Q, D]``, then votes and eviction.
@@ -340,8 +343,8 @@ def trained_positions(config: Any) -> int | None:
 def _warn_of_positions(trained: int) -> None:
     """Once per process and length."""
     warnings.warn(
-        f"this text is longer than the {trained} tokens that the model was trained to read (max_position_embeddings); a "
-        "cache of fixed size bounds memory, it does not extend that",
+        f"this text is longer than the {trained} tokens that the model was trained to read (max_position_embeddings); "
+        "a cache of fixed size bounds memory, it does not extend that",
         stacklevel=3,
     )
 
