@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
         raise ImportError(f"{name} needs transformers: pip install 'transformers>={_versions.OLDEST_TRANSFORMERS}'")
     if _HUGGING_FACE[name] == "enabling" and not _versions.has_interface():
         raise ImportError(
-            f"{name} needs transformers>={_versions.OLDEST_INTERFACE}; got {_versions.transformers_version()}, on which "
-            "the recipe for LLaMA works"
+            f"{name} needs transformers>={_versions.OLDEST_INTERFACE}; got {_versions.transformers_version()}, on "
+            "which the recipe for LLaMA works"
         )
     return getattr(importlib.import_module(f".{_HUGGING_FACE[name]}", __name__), name)
