@@ -3,8 +3,8 @@
 
 python benchmarks/generate.py [rounds]
 
-Caches are filled with random keys and values, so that a long text costs nothing to make. The stock cache
-forgets the tokens of a round before the next, ours goes on.
+Caches are filled with random keys and values, so that a long text costs nothing to make. The stock cache forgets the
+tokens of a round before the next, ours goes on.
 """
 
 import sys

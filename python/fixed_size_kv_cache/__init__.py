@@ -29,4 +29,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if importlib.util.find_spec("transformers") is None:
         raise ImportError(f"{name} needs transformers: pip install 'transformers>={_versions.OLDEST_TRANSFORMERS}'")
+    if _HUGGING_FACE[name] == "enabling" and not _versions.has_interface():
+        raise ImportError(
+            f"{name} needs transformers>={_versions.OLDEST_INTERFACE}; got {_versions.transformers_version()}, on "
+            "which the recipe for LLaMA works"
+        )
     return getattr(importlib.import_module(f".{_HUGGING_FACE[name]}", __name__), name)

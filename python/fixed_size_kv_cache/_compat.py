@@ -109,9 +109,6 @@ else:
         del cache.key_cache, cache.value_cache
 
 
-HAS_INTERFACE = hasattr(transformers, "AttentionInterface") and HAS_LAYERS  # enable() and "fsdc" need 4.56
-
-
 def on_attention_interface(model_class: type) -> bool:
     """Whether a class of models calls attention through the AttentionInterface.
 

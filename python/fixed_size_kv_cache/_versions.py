@@ -30,5 +30,10 @@ def transformers_support(version: str | None) -> str:
     return "untested"
 
 
+def has_interface() -> bool:
+    """Whether the installed transformers has what ``enable`` builds on."""
+    return _release(transformers_version()) >= _release(OLDEST_INTERFACE)
+
+
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))

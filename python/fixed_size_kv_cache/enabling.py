@@ -6,8 +6,7 @@ import warnings
 from typing import Any
 
 from . import generation
-from ._compat import HAS_INTERFACE, set_implementation
-from ._versions import OLDEST_INTERFACE
+from ._compat import set_implementation
 from .attention_interface import NAME
 from .capability import check_config, check_model, text_config
 from .dynamic_cache import FixedSizeDynamicCache
@@ -82,8 +81,6 @@ def enable(
         FixedSizeDynamicCache(8 of 24 tokens held, cache_size=8)
         >>> handle.disable()
     """
-    if not HAS_INTERFACE:
-        raise ImportError(f"enable needs transformers>={OLDEST_INTERFACE}; before that use the recipe for LLaMA")
     model = unwrap(model_or_pipeline)
     made = read_settings("enable", settings, fields)
     chunk = max(512, made.cache_size) if prefill_chunk_size is None else prefill_chunk_size

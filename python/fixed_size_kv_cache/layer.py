@@ -228,10 +228,10 @@ class FixedSizeLayer(Slots):
 
     def _write_facts(self, stage: Stage) -> dict[str, Tensor]:
         """What is known of the one new token before anybody votes, each ``[B, H, 1]``; into the slot where it lies."""
-        new = self._new_facts(stage)
-        slot = slice(stage.all_keys.shape[2] - 1, stage.all_keys.shape[2])
-        for name, x in new.items():
-            getattr(self, name)[:, :, slot] = x
+        new, T = self._new_facts(stage), stage.all_keys.shape[2] - 1
+        # Of slot N, which is emptied in this step, only what its eviction score is made of; redundancy stays 0 there.
+        for name in new if self.settings.slots > T else ("scores", "positions", "value_weights"):
+            getattr(self, name)[:, :, T : T + 1] = new[name]
         return new
 
     def _fold_one(self, stage: Stage, new: dict[str, Tensor], weights: Tensor, likeness: Tensor) -> None:
@@ -330,22 +330,22 @@ class FixedSizeLayer(Slots):
         """What is known of new tokens before anybody votes, each ``[B, H, Q]``. Padding has position and score of an
         empty slot; what the user protects has all the score there is."""
         (B, H, Q), valid = stage.keys.shape[:3], stage.valid
-        positions = self.seen.clone()[:, None]
+        positions = self.seen.clone().view(B, 1)  # not the same memory: it is raised in this step
         if Q > 1 or valid is not None:
             counted = torch.ones(B, Q, dtype=torch.bool, device=self.device) if valid is None else valid
             positions = positions + counted.cumsum(-1, dtype=torch.int32) - 1
-        scores = torch.zeros(B, H, Q, dtype=torch.float32, device=self.device)
+        scores = nothing = torch.zeros(B, H, Q, dtype=torch.float32, device=self.device)
         if valid is not None:
             positions = positions.masked_fill(~valid, -1)
-            scores.masked_fill_(~valid[:, None], -math.inf)
+            scores = nothing.masked_fill(~valid[:, None], -math.inf)
         if self.spans is not None:
-            scores.masked_fill_(in_spans(self.spans, positions)[:, None], math.inf)
+            scores = scores.masked_fill(in_spans(self.spans, positions)[:, None], math.inf)
         return {
             "scores": scores,
             "positions": positions[:, None].expand(B, H, Q),
-            "value_weights": stage.values.float().norm(dim=-1),
-            "redundancy": torch.zeros_like(scores),
-            "key_scales": stage.keys.float().norm(dim=-1).clamp_(min=1e-12).reciprocal_(),
+            "value_weights": torch.linalg.vector_norm(stage.values.float(), dim=-1),
+            "redundancy": nothing,
+            "key_scales": torch.linalg.vector_norm(stage.keys.float(), dim=-1).clamp_(min=1e-12).reciprocal_(),
         }
 
     def _facts(self) -> dict[str, Tensor]:

@@ -8,8 +8,16 @@ import pytest
 import torch
 from llamas import tiny_llama
 
+import fixed_size_kv_cache
+from fixed_size_kv_cache import _versions
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
+
+
+def test_enable_on_an_older_transformers_says_which_it_needs(monkeypatch):
+    monkeypatch.setattr(_versions, "transformers_version", lambda: "4.53.0")
+    with pytest.raises(ImportError, match=r"enable needs transformers>=4.56.2; got 4.53.0, on which the recipe"):
+        fixed_size_kv_cache.enable  # noqa: B018
 
 
 def test_a_positional_config_is_refused_with_the_right_form():

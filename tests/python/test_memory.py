@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory and time per token of a long text. What the model writes means nothing past the length it was trained for."""
+
+import resource
+import statistics
+import time
+
+import pytest
+import torch
+import transformers
+from llamas import new_cache, tiny_llama, tokens
+from stories import load_model, needs_stories
+from transformers.generation.streamers import BaseStreamer
+
+if not hasattr(transformers, "AttentionInterface"):
+    pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
+
+from fixed_size_kv_cache import FixedSizeDynamicCache, enable
+from fixed_size_kv_cache.attention import LogitRule
+
+LENGTH, SIZE = 20_000, 64
+
+
+def resident() -> int:
+    """Most memory of this process so far, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+class Watch(BaseStreamer):
+    """Is called at each token of a generate(): what is allocated and how long it took."""
+
+    def __init__(self, cache: FixedSizeDynamicCache) -> None:
+        self.cache, self.times, self.buffers, self.resident = cache, [], {}, {}
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.process_time())
+        seen = self.cache.get_seq_length()
+        if seen in (2 * SIZE, LENGTH // 2, LENGTH - 1):
+            self.resident[seen] = resident()
+            self.buffers[seen] = {
+                (name, x.data_ptr(), x.nbytes)
+                for layer in self.cache.layers
+                for name, x in vars(layer).items()
+                if isinstance(x, torch.Tensor)
+            }
+
+    def end(self) -> None:
+        pass
+
+
+@needs_stories
+@pytest.mark.timeout(600)
+def test_twenty_thousand_tokens_are_flat():
+    model = load_model()
+    model.config.max_position_embeddings = 2 * LENGTH
+    with enable(model, cache_size=SIZE):
+        cache = new_cache(model, SIZE)
+        watch = Watch(cache)
+        model.generate(
+            torch.ones(1, 1, dtype=torch.long),
+            past_key_values=cache,
+            max_new_tokens=LENGTH,
+            do_sample=True,
+            streamer=watch,
+        )
+    assert cache.get_seq_length() == LENGTH
+    first, middle, last = watch.buffers.values()
+    assert first == middle == last
+    assert watch.resident[LENGTH - 1] - watch.resident[2 * SIZE] < 30_000  # KiB; the stock cache would hold 51 MB
+    steps = torch.tensor(watch.times).diff().tolist()
+    early, late = (statistics.median(part) for part in (steps[1000:4000], steps[-3000:]))
+    assert late < 1.3 * early  # processor time; a cache that grows would take several times as long
+
+
+def test_a_prompt_is_read_without_a_square_of_it():
+    """8192 tokens: their weights alone would take 2 GiB."""
+    S, heads = 8192, 8
+    x = torch.randn(1, 2 * heads, S, 8)
+    before = resident()
+    cache = FixedSizeDynamicCache(cache_size=SIZE)
+    cache.update(x[:, :4], x[:, 4:8], 0)
+    cache.attend(0, x[:, 8:], None, LogitRule(0.3))
+    assert cache.get_held_tokens(0).eq(SIZE).all()
+    assert (resident() - before) * 1024 < S * S * heads * 4 / 4
+
+
+def test_a_long_prompt_keeps_two_caches_and_a_chunk():
+    """What update() returns is all that attention reads: held tokens and a chunk."""
+    model, widths = tiny_llama(), []
+    with enable(model, cache_size=SIZE, prefill_chunk_size=100):
+        cache = new_cache(model, SIZE)
+        update = cache.update
+        cache.update = lambda *args, **kwargs: (widths.append(args[0].shape[2]), update(*args, **kwargs))[1]
+        model.generate(tokens(1, 900), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    assert max(widths) == 100 and sum(widths) == 3 * 900
