@@ -60,7 +60,7 @@ namespace fsdc::cuda {
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                    const Arguments&... arguments) {
-  ::simt::launch(kernel, grid, block, shared_bytes, arguments...);
+  ::simt::launch(kernel, {.blocks = grid, .threads = block, .dynamic_shared_bytes = shared_bytes}, arguments...);
   return cudaSuccess;
 }
 
