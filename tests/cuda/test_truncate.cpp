@@ -42,6 +42,8 @@ TEST_CASE("truncate: element types and head dimensions") {
       check_truncate(which);
       which.key_dim = which.value_dim = dim;
       check_truncate(which);
+      which.kept = which.tokens - has_skipped;
+      check_truncate(which);
     }
   }
 }

@@ -24,13 +24,15 @@ void describe(Place place, char* text, size_t bytes) {
   std::snprintf(text, bytes, "%p", static_cast<const void*>(call));
   const auto base = reinterpret_cast<const char*>(_r_debug.r_map->l_addr);  // of the main program
   char command[100];
-  std::snprintf(command, sizeof command, "addr2line -e /proc/%d/exe 0x%zx", getpid(), static_cast<size_t>(call - base));
+  std::snprintf(command, sizeof command, "addr2line -ie /proc/%d/exe 0x%zx", getpid(), static_cast<size_t>(call - base));
   FILE* const output = popen(command, "r");
   if (output == nullptr) return;
   char line[300];
-  if (std::fgets(line, sizeof line, output) != nullptr && line[0] != '?') {
+  while (std::fgets(line, sizeof line, output) != nullptr) {  // what was inlined, innermost first
+    if (line[0] == '?' || std::strstr(line, "/simt/runtime/") != nullptr) continue;
     line[std::strcspn(line, " \n")] = '\0';
     std::snprintf(text, bytes, "%s", line);
+    break;
   }
   pclose(output);
 }

@@ -22,8 +22,6 @@ struct Scheduler {
 };
 Scheduler scheduler;
 
-std::set<SyncSite> seen_sites;
-
 uint3 coordinates(unsigned number, dim3 sizes) {
   return {number % sizes.x, number / sizes.x % sizes.y, number / sizes.x / sizes.y};
 }
@@ -158,20 +156,6 @@ void run_all(const Grid& grid) {
 }
 
 }  // namespace
-
-Options& options() {
-  static Options options;
-  return options;
-}
-
-std::set<SyncSite> sync_sites() { return seen_sites; }
-
-bool is_removed(Site site) {
-  SyncSite name{site.file_name(), site.line()};
-  const bool is_removed = options().removed == name;
-  seen_sites.insert(std::move(name));
-  return is_removed;
-}
 
 Fiber& self() { return const_cast<Fiber&>(static_cast<const Fiber&>(*running)); }
 
