@@ -24,7 +24,8 @@ void describe(Place place, char* text, size_t bytes) {
   std::snprintf(text, bytes, "%p", static_cast<const void*>(call));
   const auto base = reinterpret_cast<const char*>(_r_debug.r_map->l_addr);  // of the main program
   char command[100];
-  std::snprintf(command, sizeof command, "addr2line -ie /proc/%d/exe 0x%zx", getpid(), static_cast<size_t>(call - base));
+  std::snprintf(command, sizeof command, "addr2line -ie /proc/%d/exe 0x%zx", getpid(),
+                static_cast<size_t>(call - base));
   FILE* const output = popen(command, "r");
   if (output == nullptr) return;
   char line[300];
