@@ -103,6 +103,7 @@ void thread_exited(Fiber& fiber) {
   fiber.state = Fiber::State::kExited;
   Block& block = *fiber.block;
   Cluster& cluster = *block.cluster;
+  block.warps[fiber.warp()].exited |= 1u << fiber.lane();
   --block.alive;
   --cluster.alive;
   if (block.alive == 0) end_shared_memory(block);

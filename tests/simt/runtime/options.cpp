@@ -12,13 +12,19 @@ namespace simt {
 namespace {
 
 struct Sites {
-  std::set<SyncSite> seen;
+  std::set<std::pair<const char*, unsigned>> seen;  // one site may have several pointers
 
   ~Sites() {
     const char* const path = std::getenv("SIMT_SITES");
     if (path == nullptr) return;
     std::ofstream list(path);
-    for (const SyncSite& site : seen) list << site.file << ':' << site.line << '\n';
+    for (const SyncSite& site : names()) list << site.file << ':' << site.line << '\n';
+  }
+
+  std::set<SyncSite> names() const {
+    std::set<SyncSite> names;
+    for (const auto& [file, line] : seen) names.insert({file, line});
+    return names;
   }
 };
 Sites sites;
@@ -41,13 +47,12 @@ Options& options() {
   return options;
 }
 
-std::set<SyncSite> sync_sites() { return sites.seen; }
+std::set<SyncSite> sync_sites() { return sites.names(); }
 
 bool is_removed(Site site) {
-  SyncSite name{site.file_name(), site.line()};
-  const bool is_removed = options().removed == name;
-  sites.seen.insert(std::move(name));
-  return is_removed;
+  sites.seen.insert({site.file_name(), site.line()});
+  const std::optional<SyncSite>& removed = options().removed;
+  return removed.has_value() && removed->line == site.line() && removed->file == site.file_name();
 }
 
 }  // namespace simt

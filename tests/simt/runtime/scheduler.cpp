@@ -38,6 +38,7 @@ void add_block(Cluster& cluster, unsigned number) {
   block.rank = number % grid.cluster;
   block.number = number;
   block.alive = grid.threads.x * grid.threads.y * grid.threads.z;
+  block.warps.resize((block.alive + 31) / 32);
   cluster.alive += block.alive;
   if (grid.dynamic_shared_bytes > 0) block.dynamic = new_shared_memory(grid.dynamic_shared_bytes, 128);
   for (unsigned i = 0; i < block.alive; ++i) {

@@ -24,8 +24,7 @@ struct Fiber : Thread {
   race::ThreadNumber race_number = 0;
   State state = State::kCanRun;
   Site waits_at{};
-  unsigned mask = 0;  // of the exchange it waits in
-  uint64_t operand = 0;
+  uint64_t operand = 0;  // that it brought to the exchange it waits in
   Exchange exchange{};
   std::unique_ptr<Context> context;
 };
@@ -34,6 +33,17 @@ struct Fiber : Thread {
 struct Barrier {
   unsigned waiting = 0;
   Site site{};  // where those who wait came from
+};
+
+// Lanes of a warp that wait for each other. Others may meet elsewhere at the same time.
+struct Meeting {
+  unsigned mask;
+  unsigned arrived;
+  Site site;
+};
+struct Warp {
+  std::vector<Meeting> meetings;
+  unsigned exited = 0;  // lanes
 };
 
 struct Memory {
@@ -48,6 +58,7 @@ struct Block {
   unsigned rank = 0;  // in its cluster
   unsigned number = 0;
   std::vector<std::unique_ptr<Fiber>> threads;
+  std::vector<Warp> warps;
   unsigned alive = 0;
   Barrier barrier;
   std::map<const void*, Memory> shared;

@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "warps.h"
 
+#include <bit>
+
 #include "state.h"
 
 namespace simt {
 namespace {
-
-Fiber* lane_of(const Fiber& fiber, unsigned lane) {
-  const auto& threads = fiber.block->threads;
-  const unsigned number = fiber.warp() * 32 + lane;
-  return number < threads.size() ? threads[number].get() : nullptr;
-}
 
 // A whole mask may be written for a warp that has fewer lanes.
 unsigned existing_lanes(const Fiber& fiber, unsigned mask, Site site) {
@@ -20,50 +16,57 @@ unsigned existing_lanes(const Fiber& fiber, unsigned mask, Site site) {
   return mask & existing;
 }
 
-// True where every lane of the mask waits in this exchange; fails where one never will.
-bool all_arrived(const Fiber& fiber, unsigned mask, Site site) {
-  bool all = true;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if ((mask >> lane & 1) == 0 || lane == fiber.lane()) continue;
-    const Fiber& other = *lane_of(fiber, lane);
-    if (other.state == Fiber::State::kExited) fail(site, "mask 0x%08x names lane %u, which has exited", mask, lane);
-    const bool waits = other.state == Fiber::State::kInExchange;
-    // It may be with others now and come later; but one that waits for this lane must have come from here.
-    if (waits && (other.mask >> fiber.lane() & 1) != 0 &&
-        (other.mask != mask || other.waits_at.line() != site.line() || other.waits_at.column() != site.column())) {
-      fail(site, "divergent warp: mask 0x%08x here, but lane %u waits with mask 0x%08x at %s:%u", mask, lane,
-           other.mask, other.waits_at.file_name(), other.waits_at.line());
-    }
-    all &= waits && (other.mask >> fiber.lane() & 1) != 0;
+// Joins those who wait with the same mask, or is the first to. Fails where a lane of the mask never can come.
+Meeting& join(const Fiber& fiber, unsigned mask, Site site) {
+  Warp& warp = fiber.block->warps[fiber.warp()];
+  const unsigned lane = 1u << fiber.lane();
+  if ((warp.exited & mask) != 0) {
+    fail(site, "mask 0x%08x names lane %d, which has exited", mask, std::countr_zero(warp.exited & mask));
   }
-  return all;
+  for (Meeting& meeting : warp.meetings) {
+    if ((meeting.mask & lane) == 0) continue;  // they do not wait for this lane
+    if (meeting.mask != mask || meeting.site.line() != site.line() || meeting.site.column() != site.column()) {
+      fail(site, "divergent warp: mask 0x%08x here, but lanes 0x%08x wait with mask 0x%08x at %s:%u", mask,
+           meeting.arrived, meeting.mask, meeting.site.file_name(), meeting.site.line());
+    }
+    meeting.arrived |= lane;
+    return meeting;
+  }
+  return warp.meetings.emplace_back(Meeting{mask, lane, site});
+}
+
+template <class Visit>
+void for_each_lane(const Fiber& fiber, unsigned mask, Visit visit) {
+  for (unsigned lanes = mask; lanes != 0; lanes &= lanes - 1) {
+    const unsigned lane = static_cast<unsigned>(std::countr_zero(lanes));
+    visit(lane, *fiber.block->threads[fiber.warp() * 32 + lane]);
+  }
 }
 
 const Exchange& meet(unsigned mask, uint64_t operand, bool orders_memory, Site site) {
   Fiber& fiber = self();
   if ((mask >> fiber.lane() & 1) == 0) fail(site, "mask 0x%08x does not name the calling lane %u", mask, fiber.lane());
   mask = existing_lanes(fiber, mask, site);
-  const bool is_last = all_arrived(fiber, mask, site);
-  fiber.mask = mask;
+  Meeting& meeting = join(fiber, mask, site);
   fiber.operand = operand;
   fiber.state = Fiber::State::kInExchange;
   fiber.waits_at = site;
-  if (is_last) {
+  if (meeting.arrived == mask) {
+    std::vector<Meeting>& meetings = fiber.block->warps[fiber.warp()].meetings;
+    meetings.erase(meetings.begin() + (&meeting - meetings.data()));
     Exchange all{};
     all.lanes = mask;
     race::ThreadNumber numbers[32];
     unsigned count = 0;
-    for (unsigned lane = 0; lane < 32; ++lane) {
-      if ((mask >> lane & 1) == 0) continue;
-      all.operand[lane] = lane_of(fiber, lane)->operand;
-      numbers[count++] = lane_of(fiber, lane)->race_number;
-    }
+    for_each_lane(fiber, mask, [&](unsigned lane, const Fiber& other) {
+      all.operand[lane] = other.operand;
+      numbers[count++] = other.race_number;
+    });
     if (orders_memory && race::checker != nullptr) race::checker->synchronize({numbers, count});
-    for (unsigned lane = 0; lane < 32; ++lane) {
-      if ((mask >> lane & 1) == 0) continue;
-      lane_of(fiber, lane)->exchange = all;
-      wake(*lane_of(fiber, lane));
-    }
+    for_each_lane(fiber, mask, [&](unsigned, Fiber& other) {
+      other.exchange = all;
+      wake(other);
+    });
   }
   fiber.context->suspend();
   return fiber.exchange;
