@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA kernel of truncate without torch, bf16 and D = 128, with a cold cache. Bytes are those of kernels/cuda/truncate.cu.
+// The CUDA kernel of truncate without torch, bf16 and D = 128, with a cold cache. Bytes are those of
+// kernels/cuda/truncate.cu.
 #include <string>
 
 #include "kernels/cuda/launch.h"

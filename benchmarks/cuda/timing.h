@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Timing kernels on a GPU with a cold cache. Google Benchmark counts and reports, the GPU's own events measure.
 //
-// Two ways: calls captured in a graph, over as many copies of the data as exceed the L2 three times, so that what a call
-// reads has been evicted since its last turn, and no launch is waited for; and single eager calls after the L2 has been
-// overwritten, with the launch.
+// Two ways: calls captured in a graph, over as many copies of the data as exceed the L2 three times, so that what a
+// call reads has been evicted since its last turn, and no launch is waited for; and single eager calls after the L2 has
+// been overwritten, with the launch.
 #pragma once
 
 #include <benchmark/benchmark.h>

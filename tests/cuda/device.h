@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/accumulate_scores.h"
+#include "kernels/cuda/truncate_plan.h"
 #include "kernels/truncate.h"
 
 namespace fsdc::test {
@@ -32,8 +33,14 @@ class DeviceMemory {
 int orders();
 void use_order(int order);
 
+// False where checks make kernels slow: then not every case runs in every way.
+bool is_fast();
+
+// Blocks that this device lets read each other's memory, at most: 1 or 8.
+uint32_t most_in_cluster();
+
 // These throw where a launch failed.
-void truncate(const TruncateParams& params);
+void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan);
 void accumulate_scores(const AccumulateScoresParams& params);
 
 }  // namespace fsdc::test

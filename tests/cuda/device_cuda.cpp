@@ -35,9 +35,17 @@ Bytes DeviceMemory::copy() const {
 
 int orders() { return 1; }
 void use_order(int) {}
+bool is_fast() { return true; }
 
-void truncate(const TruncateParams& params) {
-  check(cuda::launch_truncate(params, nullptr));
+uint32_t most_in_cluster() {
+  int device = 0, has_clusters = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
+  return has_clusters != 0 ? 8 : 1;
+}
+
+void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
+  check(cuda::launch_truncate(params, plan, nullptr));
   check(cudaDeviceSynchronize());
 }
 

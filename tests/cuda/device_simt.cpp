@@ -28,6 +28,14 @@ DeviceMemory::DeviceMemory(const Bytes& bytes)
 DeviceMemory::~DeviceMemory() { std::free(data_); }
 Bytes DeviceMemory::copy() const { return {data_, data_ + bytes_}; }
 
+bool is_fast() {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  return false;
+#else
+  return true;
+#endif
+}
+
 int orders() {
 #if defined(__SANITIZE_THREAD__)
   return 1;  // to the race checker all are one
@@ -43,7 +51,11 @@ void use_order(int order) {
   simt::options().resident_clusters = order < 2 ? 1 : 3;
 }
 
-void truncate(const TruncateParams& params) { check(cuda::launch_truncate_kernel<kThreads>(params, nullptr)); }
+uint32_t most_in_cluster() { return 8; }
+
+void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
+  check(cuda::launch_truncate_kernel<kThreads>(params, plan, nullptr));
+}
 
 void accumulate_scores(const AccumulateScoresParams& params) {
   check(cuda::launch_accumulate_scores_kernel<kThreads>(params, nullptr));

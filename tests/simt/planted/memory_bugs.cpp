@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels with bugs that the address and undefined-behaviour checks must find. Each ends the program, so each is a run of
-// its own: memory_bugs NAME. CMakeLists.txt says what has to be printed.
+// Kernels with bugs that the address and undefined-behaviour checks must find. Each ends the program, so each is a run
+// of its own: memory_bugs NAME. CMakeLists.txt says what has to be printed.
 #include <cstdio>
 #include <cstring>
 #include <functional>

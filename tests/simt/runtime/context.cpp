@@ -7,8 +7,8 @@
 #include <new>
 #include <vector>
 
-// Present in binaries with AddressSanitizer. The runtime itself is never instrumented: it copies memory that kernels have
-// left in any state.
+// Present in binaries with AddressSanitizer. The runtime itself is never instrumented: it copies memory that kernels
+// have left in any state.
 extern "C" {
 void __sanitizer_start_switch_fiber(void** frames, const void* stack, size_t bytes) __attribute__((weak));
 void __sanitizer_finish_switch_fiber(void* frames, const void** stack, size_t* bytes) __attribute__((weak));

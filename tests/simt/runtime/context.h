@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A function on a stack of its own, that can stop in the middle and go on later. Boost.Context switches; where there is no
-// Boost, the ucontext of the C library does (SIMT_UCONTEXT), at two system calls a switch.
+// A function on a stack of its own, that can stop in the middle and go on later. Boost.Context switches; where there is
+// no Boost, the ucontext of the C library does (SIMT_UCONTEXT), at two system calls a switch.
 //
 // Boost's lower layer, because its fiber class unwinds the stack of a fiber that never ended, and a thread that lost a
 // race stops within a call that the compiler takes for one that cannot throw.

@@ -3,9 +3,9 @@
 // before the other; in which order this run happened to make them does not matter. The compiler reports the accesses
 // (-fsanitize=thread, race_hooks.cpp), the runtime the barriers.
 //
-// Each thread counts its epochs, a new one at every barrier, and knows of each other thread up to which epoch all that it
-// did is past. A barrier is everybody learning what anybody knew. Of each byte the last write and the last two reads are
-// remembered: of three reads that nothing orders, one may escape a later write.
+// Each thread counts its epochs, a new one at every barrier, and knows of each other thread up to which epoch all that
+// it did is past. A barrier is everybody learning what anybody knew. Of each byte the last write, the last atomic and
+// the last two reads are remembered: of three reads that nothing orders, one may escape a later write.
 #include "race.h"
 
 #include <algorithm>
@@ -33,6 +33,7 @@ struct Access {
 
 struct Byte {
   Access write;
+  Access atomic;  // apart: an atomic by the thread that wrote would hide the write from atomics of others
   std::array<Access, 2> reads;
 };
 
@@ -120,11 +121,16 @@ class RaceChecker final : public Checker {
     for (size_t i = 0; i < bytes; ++i) {
       Byte& byte = byte_at(address + i);
       if (races(byte.write, now)) report(byte.write, "write", now, is_write, address + i);
+      if (races(byte.atomic, now)) report(byte.atomic, "atomic", now, is_write, address + i);
       if (is_write) {
         for (const Access& read : byte.reads) {
           if (races(read, now)) report(read, "read", now, is_write, address + i);
         }
-        byte = {now, {}};
+        if (is_atomic) {
+          byte.atomic = now;
+        } else {
+          byte = {.write = now, .atomic = {}, .reads = {}};
+        }
       } else {
         if (byte.reads[0].thread != running_ && races(byte.reads[0], now)) byte.reads[1] = byte.reads[0];
         byte.reads[0] = now;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the race checker wants to know. It stands in race.cpp and is linked into binaries of instrumented kernels only; in
-// all others these calls do nothing.
+// What the race checker wants to know. It stands in race.cpp and is linked into binaries of instrumented kernels only;
+// in all others these calls do nothing.
 #pragma once
 
 #include <cstddef>

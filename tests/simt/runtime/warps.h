@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the lanes of a warp do together. Each of these is one exchange: every lane of the mask brings eight bytes and gets
-// those of all others. None of them but __syncwarp orders memory.
+// What the lanes of a warp do together. Each of these is one exchange: every lane of the mask brings eight bytes and
+// gets those of all others. None of them but __syncwarp orders memory.
 #pragma once
 
 #include <cstdint>

@@ -145,6 +145,18 @@ TEST_CASE("races: plain arithmetic where an atomic is needed, and both at once")
   });
 }
 
+TEST_CASE("races: an atomic does not hide a write of the same thread") {
+  in_every_order([] {
+    const std::string error = error_of({.blocks = 1, .threads = 64}, [] {
+      FSDC_SHARED(count, int);
+      if (threadIdx.x == 0) count = 0;
+      __shfl_sync(~0u, 1, 0);
+      if (threadIdx.x % 32 == 0) atomicAdd(&count, 1);
+    });
+    CHECK_THAT(error, ContainsSubstring("race"));
+  });
+}
+
 TEST_CASE("races: two blocks write one element") {
   in_every_order([] {
     std::vector<char> out(33);
