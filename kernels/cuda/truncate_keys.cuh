@@ -35,13 +35,15 @@ __device__ inline Team team_of(int64_t tokens, uint32_t cluster) {
 // Made anew from the scores each time, from L1 as far as they fit there: for rows of any length.
 struct StreamedKeys {
   static constexpr bool kFirstDigitIsCounted = false;
-  const float* scores;  // of this block's first token
+  static constexpr int kItems = 4;  // with 6 sm_86 and sm_89 spill registers
+  const float* scores;              // of this block's first token
   __device__ uint32_t operator()(int64_t token) const { return score_key(__float_as_uint(__ldg(scores + token))); }
 };
 
 // In shared memory. While they were brought there, their first digits were counted.
 struct KeysOnChip {
   static constexpr bool kFirstDigitIsCounted = true;
+  static constexpr int kItems = 8;
   const uint32_t* keys;
   __device__ uint32_t operator()(int64_t token) const { return keys[token]; }
 };

@@ -61,7 +61,7 @@ __device__ Counts count_before(const Keys& keys, const Team& team, const Thresho
 template <int kThreads, class Keys>
 __device__ Boundary write_indices(const Keys& keys, const Team& team, const Threshold& threshold, int64_t first_rank,
                                   int64_t end_rank, int64_t* indices) {
-  constexpr int kItems = 8;  // tokens of one thread, 32 apart
+  constexpr int kItems = Keys::kItems;  // tokens of one thread, 32 apart
   constexpr int kWarpTokens = kWarpThreads * kItems;
   constexpr int kBlockTokens = kThreads * kItems;
   static_assert(kBlockTokens < 1 << 16, "two counts share a word");
