@@ -23,7 +23,7 @@ def main() -> None:
     for (B, H, S), D, dtype, skipped in product([(1, 2, 3000), (2, 70, 70)], [3, 64], FLOATING, [False, True]):
         keys, values = rows(B, H, S, D, dtype, "cuda"), rows(B, H, S, 8, dtype, "cuda")
         scores = torch.rand(B, H, S, device="cuda")
-        actual = torch.ops.fsdc.truncate(keys, values, scores, S // 3, skipped)
+        actual = torch.ops.fsdc.truncate(keys, values, scores, S // 3, include_skipped=skipped)
         wanted = reference.truncate(keys.cpu(), values.cpu(), scores.cpu(), S // 3, include_skipped=skipped)
         assert_all_same_bits([x.cpu() for x in actual], wanted)
         weights = torch.rand(B, 2 * H, 3, S, device="cuda").to(dtype)
@@ -31,7 +31,7 @@ def main() -> None:
         reference.accumulate_scores_(sums, weights.cpu())
         torch.ops.fsdc.accumulate_scores_(scores, weights)
         assert_all_same_bits([scores.cpu()], [sums])
-        actual = torch.ops.fsdc.truncate(keys, values, weights, S // 3, skipped)
+        actual = torch.ops.fsdc.truncate(keys, values, weights, S // 3, include_skipped=skipped)
         wanted = reference.truncate(keys.cpu(), values.cpu(), weights.cpu(), S // 3, include_skipped=skipped)
         assert_all_same_bits([x.cpu() for x in actual], wanted)
         cases += 1

@@ -30,19 +30,19 @@ def assert_is(actual, wanted):
 def test_every_launch_shape(B, H, S, include_skipped):
     arguments = inputs(B, H, S, 16)
     for cache_size in (2, 1024):
-        actual = truncate(*arguments, cache_size, include_skipped)
+        actual = truncate(*arguments, cache_size, include_skipped=include_skipped)
         assert_is(actual, expected(*arguments, cache_size, include_skipped))
 
 
 def test_same_bits_on_every_run():
     arguments = inputs(S=20_000)
-    first = truncate(*arguments, 500, True)
+    first = truncate(*arguments, 500, include_skipped=True)
     noise = torch.rand(2048, 2048, device="cuda")
     side = torch.cuda.Stream()
     for _ in range(20):
         with torch.cuda.stream(side):
             noise = (noise @ noise).clamp(0, 1)
-        assert_all_same_bits(truncate(*arguments, 500, True), first)
+        assert_all_same_bits(truncate(*arguments, 500, include_skipped=True), first)
 
 
 def test_runs_on_the_current_stream():
@@ -66,7 +66,7 @@ def test_is_captured_in_a_graph_and_replayed_with_new_inputs(include_skipped):
 
     def step():
         accumulate_scores_(scores, weights)
-        return truncate(keys, values, scores, 100, include_skipped)
+        return truncate(keys, values, scores, 100, include_skipped=include_skipped)
 
     step()
     graph = torch.cuda.CUDAGraph()
