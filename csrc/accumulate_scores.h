@@ -39,20 +39,20 @@ inline void check_accumulate_scores(const Tensor& scores, const Tensor& weights,
   }
 }
 
-// scores [B, H, S] fp32, weights [B, Hq, Q, S]; every query counts once and old scores in full until told otherwise.
-inline AccumulateScoresParams accumulate_scores_params(const Tensor& scores, const Tensor& weights) {
-  const int64_t heads = scores.size(1);
-  return {.batch = scores.size(0),
+// The weights' side alone, [B, Hq, Q, S] of `heads` KV heads; every query counts once and old scores in full until told
+// otherwise.
+inline AccumulateScoresParams weight_params(const Tensor& weights, int64_t heads) {
+  return {.batch = weights.size(0),
           .heads = heads,
           .group = heads == 0 ? 0 : weights.size(1) / heads,
           .queries = weights.size(2),
-          .tokens = scores.size(2),
+          .tokens = weights.size(3),
           .overwrite = false,
           .dtype = to_dtype(weights.scalar_type()),
-          .scores = scores.mutable_data_ptr<float>(),
-          .score_batch_stride = scores.stride(0),
-          .score_head_stride = scores.stride(1),
-          .score_token_stride = scores.stride(2),
+          .scores = nullptr,
+          .score_batch_stride = 0,
+          .score_head_stride = 0,
+          .score_token_stride = 0,
           .weights = weights.const_data_ptr(),
           .weight_batch_stride = weights.stride(0),
           .weight_head_stride = weights.stride(1),
@@ -63,6 +63,16 @@ inline AccumulateScoresParams accumulate_scores_params(const Tensor& scores, con
           .query_weight_query_stride = 0,
           .carry = nullptr,
           .carry_stride = 0};
+}
+
+// Weights into scores [B, H, S] fp32.
+inline AccumulateScoresParams accumulate_scores_params(const Tensor& scores, const Tensor& weights) {
+  AccumulateScoresParams params = weight_params(weights, scores.size(1));
+  params.scores = scores.mutable_data_ptr<float>();
+  params.score_batch_stride = scores.stride(0);
+  params.score_head_stride = scores.stride(1);
+  params.score_token_stride = scores.stride(2);
+  return params;
 }
 
 template <class Backend>

@@ -48,18 +48,23 @@ inline void check_truncate(const Tensor& keys, const Tensor& values, const Tenso
              cache_size);
 }
 
-// Scores as the kernel wants them: [B, H, S] fp32 with a contiguous last dimension. Attention weights are summed.
-template <class Backend>
-Tensor row_scores(const Tensor& keys, const Tensor& scores, const Backend& backend) {
-  const bool is_weights = scores.dim() == 4;
-  const bool has_contiguous_rows = scores.size(2) <= 1 || scores.stride(2) == 1;
-  if (!is_weights && scores.scalar_type() == ScalarType::Float && has_contiguous_rows) return scores;
+// Scores of another type or layout than the kernel's are weights of one query, [B, H, 1, S].
+inline Tensor as_weights(const Tensor& scores) {
+  return scores.dim() == 4 ? scores : torch::stable::unsqueeze(scores, 2);
+}
 
+// Scores as the kernel wants them: [B, H, S] fp32 with a contiguous last dimension.
+inline bool are_row_scores(const Tensor& scores) {
+  return scores.dim() == 3 && scores.scalar_type() == ScalarType::Float &&
+         (scores.size(2) <= 1 || scores.stride(2) == 1);
+}
+
+// The weights' sums, as row scores.
+template <class Backend>
+Tensor sum_weights(const Tensor& keys, const Tensor& weights, const Backend& backend) {
   const std::vector<int64_t> sizes{keys.size(0), keys.size(1), keys.size(2)};
-  const Tensor sums = torch::stable::new_empty(scores, sizes, ScalarType::Float);
-  // Scores of another type or layout are weights of one query, [B, H, 1, S].
-  AccumulateScoresParams params =
-      accumulate_scores_params(sums, is_weights ? scores : torch::stable::unsqueeze(scores, 2));
+  const Tensor sums = torch::stable::new_empty(weights, sizes, ScalarType::Float);
+  AccumulateScoresParams params = accumulate_scores_params(sums, weights);
   params.overwrite = true;
   backend.accumulate_scores(params);
   return sums;
@@ -86,19 +91,28 @@ std::tuple<Tensor, Tensor, Tensor> truncate(Tensor keys, Tensor values, Tensor s
   const Tensor out_keys = torch::stable::new_empty(keys, std::vector{batch, heads, entries, keys.size(3)});
   const Tensor out_values = torch::stable::new_empty(values, std::vector{batch, heads, entries, values.size(3)});
   const Tensor indices = torch::stable::new_empty(keys, std::vector{batch, heads, entries}, ScalarType::Long);
-  const Tensor kernel_scores = row_scores(keys, scores, backend);
-  backend.truncate({.batch = batch,
-                    .heads = heads,
-                    .tokens = tokens,
-                    .kept = entries - (has_skipped ? 1 : 0),
-                    .has_skipped = has_skipped,
-                    .dtype = to_dtype(keys.scalar_type()),
-                    .scores = kernel_scores.const_data_ptr<float>(),
-                    .score_batch_stride = kernel_scores.stride(0),
-                    .score_head_stride = kernel_scores.stride(1),
-                    .keys = token_rows(keys, out_keys),
-                    .values = token_rows(values, out_values),
-                    .indices = indices.mutable_data_ptr<int64_t>()});
+  TruncateParams params{.batch = batch,
+                        .heads = heads,
+                        .tokens = tokens,
+                        .kept = entries - (has_skipped ? 1 : 0),
+                        .has_skipped = has_skipped,
+                        .dtype = to_dtype(keys.scalar_type()),
+                        .scores = nullptr,
+                        .score_batch_stride = 0,
+                        .score_head_stride = 0,
+                        .keys = token_rows(keys, out_keys),
+                        .values = token_rows(values, out_values),
+                        .indices = indices.mutable_data_ptr<int64_t>()};
+  Tensor row_scores = scores;  // alive until the kernel has been launched
+  if (!are_row_scores(scores) && backend.truncate_sums_weights(params)) {
+    params.weights = weight_params(as_weights(scores), heads);
+  } else {
+    if (!are_row_scores(scores)) row_scores = sum_weights(keys, as_weights(scores), backend);
+    params.scores = row_scores.const_data_ptr<float>();
+    params.score_batch_stride = row_scores.stride(0);
+    params.score_head_stride = row_scores.stride(1);
+  }
+  backend.truncate(params);
   return {out_keys, out_values, indices};
 }
 

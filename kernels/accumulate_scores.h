@@ -8,8 +8,8 @@
 //   scores[b, h, s] = carry[b] * scores[b, h, s] + delta         left as it is where it is not finite
 //
 // Every step is rounded to fp32 and none is fused, so that CPU, CUDA and reference agree bit for bit; work may be
-// split over b, h and s only. Weights of another type are rounded to fp32 once, when read. Weights must not share memory
-// with the scores.
+// split over b, h and s only. Weights of another type are rounded to fp32 once, when read. Weights must not share
+// memory with the scores.
 #pragma once
 
 #include "types.h"

@@ -9,6 +9,7 @@
 //         only that it is one: its payload is the hardware's).
 #pragma once
 
+#include "accumulate_scores.h"
 #include "types.h"
 
 namespace fsdc {
@@ -32,12 +33,16 @@ struct TruncateParams {
   int64_t kept;         // tokens kept per row, at most S
   bool has_skipped;     // the entry of the skipped tokens follows the kept ones
   DType dtype;          // of keys and values
-  const float* scores;  // [B, H, S], last dimension contiguous
+  const float* scores;  // [B, H, S], last dimension contiguous. CUDA: null for the sums of `weights`
   int64_t score_batch_stride;
   int64_t score_head_stride;
   TokenRows keys;
   TokenRows values;
   int64_t* indices;  // [B, H, E] contiguous
+
+  // Attention weights that a CUDA kernel sums on its way in, as accumulate_scores.h prescribes with `overwrite`; its
+  // own `scores` and `carry` are not used. Whether it can: truncate_sums_weights (cuda/launch.h).
+  AccumulateScoresParams weights = {};
 
   int64_t rows() const { return batch * heads; }
   int64_t entries() const { return kept + (has_skipped ? 1 : 0); }

@@ -20,6 +20,7 @@ class CpuBackend {
  public:
   explicit CpuBackend(const Tensor&) {}
 
+  bool truncate_sums_weights(const TruncateParams&) const { return false; }
   void truncate(const TruncateParams& params) const { cpu::truncate(params, TorchThreads()); }
   void accumulate_scores(const AccumulateScoresParams& params) const { cpu::accumulate_scores(params, TorchThreads()); }
 };

@@ -22,6 +22,7 @@ class CudaBackend {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  bool truncate_sums_weights(const TruncateParams& params) const { return cuda::truncate_sums_weights(params); }
   void truncate(const TruncateParams& params) const { check("truncate", cuda::launch_truncate(params, stream_)); }
   void accumulate_scores(const AccumulateScoresParams& params) const {
     check("accumulate_scores_", cuda::launch_accumulate_scores(params, stream_));

@@ -12,7 +12,8 @@
 // Order   as prescribed, so bitwise equal to CPU and reference: every step rounded to fp32, nothing fused
 // Limits  2^31 - 1 blocks: else cudaErrorInvalidValue. Queries are not split, so few rows of few tokens with
 //         many queries leave multiprocessors idle
-// Tested  compiled for every architecture, not yet run or timed on a GPU
+// Tested  tests/cuda, on the CPU thread by thread (docs/cuda_without_gpu.md); compiled for every architecture. Not
+//         timed on a device yet; to be timed by benchmarks/cuda/bench_accumulate_scores.cpp
 #include "accumulate_scores.cuh"
 #include "launch.h"
 

@@ -5,13 +5,9 @@
 #include <limits>
 
 #include "../accumulate_scores.h"
-#include "block.cuh"
-#include "element.cuh"
+#include "weight_sums.cuh"
 
 namespace fsdc::cuda {
-
-constexpr int kTokensPerThread = 4;  // times this many heads: the loads of one thread in flight
-constexpr int kHeadsAhead = 4;
 
 __device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
@@ -26,46 +22,8 @@ __global__ void __launch_bounds__(kThreads)
   if (first >= params.tokens) return;
   const int left = clamp_to_int(params.tokens - first);
 
-  int64_t offsets[kTokensPerThread];
-  float delta[kTokensPerThread] = {};
-  FSDC_UNROLL
-  for (int i = 0; i < kTokensPerThread; ++i) {
-    // Beyond the end the last token is read once more and not written: no branch around the loads.
-    offsets[i] = (first + min(i * kThreads, left - 1)) * params.weight_token_stride;
-  }
-
-  // [G, Q, S] of this KV head
-  const Element* const weights = static_cast<const Element*>(params.weights) + batch * params.weight_batch_stride +
-                                 head * params.group * params.weight_head_stride;
-  for (int64_t query = 0; query < params.queries; ++query) {
-    float query_weight = 1;
-    if (params.query_weights != nullptr) {
-      query_weight = __ldg(params.query_weights + batch * params.query_weight_batch_stride +
-                           query * params.query_weight_query_stride);
-    }
-    if (query_weight == 0) continue;
-    const Element* of_head = weights + query * params.weight_query_stride;
-    float sum[kTokensPerThread] = {};  // from +0 instead of the first head: delta is the same, it is never -0
-    for (int64_t g = 0; g < params.group; g += kHeadsAhead) {
-      const int heads_left = clamp_to_int(params.group - g);
-      Element loaded[kHeadsAhead][kTokensPerThread];
-      FSDC_UNROLL
-      for (int j = 0; j < kHeadsAhead; ++j) {
-        if (j >= heads_left) break;
-        FSDC_UNROLL
-        for (int i = 0; i < kTokensPerThread; ++i) loaded[j][i] = __ldg(of_head + offsets[i]);
-        of_head += params.weight_head_stride;
-      }
-      FSDC_UNROLL
-      for (int j = 0; j < kHeadsAhead; ++j) {
-        if (j >= heads_left) break;
-        FSDC_UNROLL
-        for (int i = 0; i < kTokensPerThread; ++i) sum[i] = add(sum[i], to_float(loaded[j][i]));
-      }
-    }
-    FSDC_UNROLL
-    for (int i = 0; i < kTokensPerThread; ++i) delta[i] = add(delta[i], multiply(query_weight, sum[i]));
-  }
+  float delta[kTokensPerThread];
+  sum_weights<Element, kThreads>(params, batch, head, first, params.tokens, delta);
 
   const float carry = params.carry != nullptr ? __ldg(params.carry + batch * params.carry_stride) : 1;
   float* const scores = params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
@@ -90,9 +48,8 @@ cudaError_t launch_accumulate_scores_kernel(const AccumulateScoresParams& params
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;  // of a grid
   return with_element(params.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
-    const dim3 grid(static_cast<unsigned>(blocks));
-    return launch(accumulate_scores_kernel<Element, kThreads>, grid, kThreads, 0, stream, params,
-                  static_cast<uint32_t>(tiles));
+    const Grid grid{.blocks = static_cast<unsigned>(blocks), .threads = kThreads};
+    return launch(accumulate_scores_kernel<Element, kThreads>, grid, stream, params, static_cast<uint32_t>(tiles));
   });
 }
 

@@ -6,10 +6,17 @@
 
 #include "../accumulate_scores.h"
 #include "../truncate.h"
+#include "truncate_plan.h"
 
 namespace fsdc::cuda {
 
+// With the plan for the current device, or one to try out. cudaErrorInvalidValue where there are weights instead of
+// scores and the plan cannot sum them.
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream);
+cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream);
+
+// True where launch_truncate on the current device would take weights instead of scores.
+bool truncate_sums_weights(const TruncateParams& params);
 
 cudaError_t launch_accumulate_scores(const AccumulateScoresParams& params, cudaStream_t stream);
 

@@ -10,6 +10,18 @@
 #include <cstddef>
 #include <cstdint>
 
+namespace fsdc::cuda {
+
+// Blocks lie along x. `cluster` of them read each other's shared memory (cluster.cuh).
+struct Grid {
+  unsigned blocks;
+  unsigned threads;
+  size_t shared_bytes = 0;  // dynamic
+  unsigned cluster = 1;
+};
+
+}  // namespace fsdc::cuda
+
 #if defined(__CUDACC__)
 
 #include <cuda_bf16.h>
@@ -30,13 +42,24 @@ using SharedType = T;  // lets the macro declare arrays: FSDC_SHARED(sums, float
 namespace fsdc::cuda {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
                    const Arguments&... arguments) {
+  if (grid.shared_bytes > 0) {  // beyond 48 KiB, static included, it must be asked for
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = grid.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
@@ -58,9 +81,13 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 namespace fsdc::cuda {
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                   const Arguments&... arguments) {
-  ::simt::launch(kernel, grid, block, shared_bytes, arguments...);
+cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t, const Arguments&... arguments) {
+  ::simt::launch(kernel,
+                 {.blocks = dim3(grid.blocks),
+                  .threads = dim3(grid.threads),
+                  .dynamic_shared_bytes = grid.shared_bytes,
+                  .cluster = grid.cluster},
+                 arguments...);
   return cudaSuccess;
 }
 

@@ -4,27 +4,78 @@
 //
 // In      scores [B, H, S] f32, keys [B, H, S, Dk], values [B, H, S, Dv]; rows contiguous, strides free
 // Out     keys [B, H, E, Dk], values [B, H, E, Dv], indices [B, H, E] i64, contiguous; E = kept + has_skipped
-// How     a radix threshold over the bits of the scores, an ordered compaction, a copy (truncate_select.cuh,
-//         truncate_gather.cuh); with an entry of the skipped tokens their sum (truncate_skipped.cuh)
-// Bytes   per row 4 S + 2 kept (Dk + Dv) size + 8 E, and (S - kept) (Dk + Dv) size for the skipped entry; the
-//         scores are read 2 to 4 times, at most once from memory while they fit L1 and L2
+// How     a radix threshold over the bits of the scores (truncate_threshold.cuh), an ordered compaction
+//         (truncate_select.cuh), a copy in accesses of up to 16 bytes, cut by output rank, since kept tokens crowd
+//         among the recent ones (truncate_gather.cuh); with an entry of the skipped tokens their sum
+//         (truncate_skipped.cuh). Attention weights are summed as they come in, without a tensor of scores, where
+//         truncate_plan.h allows it
+// Paths   few rows, sm_90 on: a cluster of 2 to 8 blocks per row, each some of its tokens; histograms, counts and
+//         partial sums go through each other's shared memory. Many rows: one block per row. Few rows before sm_90:
+//         several blocks per row, each of which selects for itself and copies its part
+// Bytes   per row 4 S + 2 kept (Dk + Dv) size + 8 E, and (S - kept) (Dk + Dv) size for the skipped entry; instead of
+//         4 S the weights, G Q S size. Scores are read once where a block's tokens fit into shared memory (on sm_90
+//         50 thousand, 400 thousand per cluster), else 2 to 4 times, from L2 as far as they fit there
 // Floor   bytes / copy bandwidth: 9.5 MB, 2.2 us at 4.3 TB/s for 8 rows, S = 32768, kept = 1024, D = 128 bf16
-// Launch  one, no scratch, no host synchronisation: 512 threads, one block per row, more where rows are fewer
-//         than 128. Without skipped entry 64 registers, 8.4 KB shared memory: 2 blocks per SM, occupancy 50 %
-//         (sm_80, 90, 100) or 67 % (sm_86, 89, 120), 64 KB of loads in flight. With it at most 126 registers,
-//         18.7 KB: 1 block per SM, occupancy 25 or 33 %, 32 KB in flight
-// Order   bitwise deterministic: counts are integers, each rank has one writer, the sum has a fixed order;
-//         accumulated in fp32, fp64 for fp64
+// Launch  one, no scratch, no host synchronisation: 512 threads, 1 to 8 blocks per row and cluster, up to as many
+//         blocks as multiprocessors where rows are few. Shared memory 17 KB, with a skipped entry up to 27 KB, and 4
+//         bytes per token on chip. At most 64 registers: 2 blocks per SM while both fit its shared memory, occupancy 50
+//         % (sm_80, 90, 100) or 67 % (sm_86, 89, 120); with a skipped entry or weights at most 128: 1 block per SM, 25
+//         or 33 %. tests/python/test_registers.py holds the compiler to it
+// Order   bitwise deterministic: counts are integers, each rank has one writer, the sum has a fixed order and segments
+//         that no two blocks share; accumulated in fp32, fp64 for fp64
 // Limits  S < 2^32, D below 2 GiB, 2^31 - 1 blocks: else cudaErrorInvalidValue
-// Tested  compiled for every architecture, not yet run or timed on a GPU: kBlocks,
-//         kShareBytes and the number of loads ahead wait for that
+// Tested  tests/cuda, on the CPU thread by thread (docs/cuda_without_gpu.md), every path and cluster size; compiled for
+//         every architecture. Not timed on a device yet: the limits in truncate_plan.h and the number of loads ahead
+//         wait for that. To be timed by benchmarks/cuda/bench_truncate.cpp and benchmarks/python/bench_truncate_cuda.py
 #include "launch.h"
 #include "truncate.cuh"
 
 namespace fsdc::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+
+// Asked once per thread and device: the answers do not change, and to ask costs as much as a launch.
+cudaError_t current_device(Device& device) {
+  thread_local int known = -1;
+  thread_local Device properties;
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != known) {
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      if (error == cudaSuccess) error = cudaDeviceGetAttribute(&value, attribute, current);
+      return value;
+    };
+    properties.multiprocessors = ask(cudaDevAttrMultiProcessorCount);
+    properties.shared_bytes_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    properties.shared_bytes_per_multiprocessor = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    // A build for older devices runs on newer ones too, but its code knows no clusters.
+    cudaFuncAttributes compiled{};
+    if (error == cudaSuccess)
+      error = cudaFuncGetAttributes(&compiled, truncate_kernel<void, KeySource::kScoresOnChip, kThreads>);
+    properties.has_clusters = compiled.ptxVersion >= 90 && ask(cudaDevAttrClusterLaunch) != 0;
+    if (error == cudaSuccess) known = current;
+  }
+  device = properties;
+  return error;
+}
+
+}  // namespace
+
+cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream) {
+  return launch_truncate_kernel<kThreads>(params, plan, stream);
+}
 
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream) {
-  return launch_truncate_kernel<512>(params, stream);
+  Device device{};
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  return launch_truncate(params, plan_truncate(params, device), stream);
+}
+
+bool truncate_sums_weights(const TruncateParams& params) {
+  Device device{};
+  return current_device(device) == cudaSuccess && can_sum_weights(params, plan_truncate(params, device));
 }
 
 }  // namespace fsdc::cuda

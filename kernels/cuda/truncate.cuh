@@ -7,51 +7,109 @@
 #include <type_traits>
 
 #include "truncate_gather.cuh"
+#include "truncate_plan.h"
 #include "truncate_select.cuh"
 #include "truncate_skipped.cuh"
 
 namespace fsdc::cuda {
 
-// What the host decides about a launch.
-struct TruncatePlan {
-  uint32_t shares;  // blocks per row
-  int64_t ranks;    // of the kept tokens, per share
+// The plan, and what follows from it.
+struct TruncateLaunch {
+  uint32_t cluster;
+  uint32_t clusters_per_row;
+  int64_t ranks_per_block;  // of the kept tokens
   int element_bytes;
   int key_access;  // bytes per load and store: 16, 8, 4 or 2
   int value_access;
 };
 
-// Element: what the skipped tokens are summed from; void without such an entry, then only bytes move. Two
-// blocks per multiprocessor, so that one selects while the other copies; the sum wants the registers of both.
-template <class Element, int kThreads>
-__global__ void __launch_bounds__(kThreads, std::is_void_v<Element> ? 2 : 1)
-    truncate_kernel(const TruncateParams params, const TruncatePlan plan) {
-  const uint32_t row = blockIdx.x / plan.shares;
-  const uint32_t share = blockIdx.x % plan.shares;
+struct Ranks {
+  int64_t begin;
+  int64_t end;
+};
+
+__device__ inline Ranks ranks_from(int64_t begin, int64_t count, int64_t kept) {
+  return {min(begin, kept), min(begin + count, kept)};
+}
+
+// Selects with the blocks of the cluster, and writes the indices that its blocks copy. Where all stay, or none, there
+// is nothing to compare.
+template <int kThreads, class Keys>
+__device__ Boundary select_tokens(const Keys& keys, const Team& team, const TruncateParams& params, uint32_t* histogram,
+                                  const Ranks& of_cluster, const Ranks& of_block, int64_t* indices) {
+  if (params.kept == 0) {
+    __syncthreads();  // keys may just have been brought
+    return {~0u, 0, params.tokens};
+  }
+  if (params.kept == params.tokens) {
+    for (int64_t rank = of_block.begin + threadIdx.x; rank < of_block.end; rank += kThreads) indices[rank] = rank;
+    __syncthreads();
+    return {0, 0, 0};
+  }
+  const Threshold threshold = find_threshold<kThreads>(keys, team, static_cast<uint32_t>(params.kept), histogram);
+  return write_indices<kThreads>(keys, team, threshold, of_cluster.begin, of_cluster.end, indices);
+}
+
+// Element: what the skipped tokens are summed from; void without such an entry, then only bytes move. Two blocks per
+// multiprocessor, so that one selects while the other copies; sums want the registers of both.
+template <class Element, KeySource kSource>
+constexpr int kBlocksPerMultiprocessor = std::is_void_v<Element> && kSource != KeySource::kWeightSumsOnChip ? 2 : 1;
+
+template <class Element, KeySource kSource, int kThreads>
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Element, kSource>))
+    truncate_kernel(const TruncateParams params, const TruncateLaunch plan) {
+  FSDC_SHARED(histogram, uint32_t[kBins]);
+  const uint32_t blocks_per_row = plan.cluster * plan.clusters_per_row;
+  const uint32_t row = blockIdx.x / blocks_per_row;
+  const uint32_t block = blockIdx.x % blocks_per_row;  // of this row
+  const uint32_t cluster = block / plan.cluster;
   const int64_t batch = row / static_cast<uint32_t>(params.heads);
   const int64_t head = row % static_cast<uint32_t>(params.heads);
   const int64_t entries = params.kept + (params.has_skipped ? 1 : 0);
-  const int64_t first_rank = min(share * plan.ranks, params.kept);
-  const int64_t end_rank = min(first_rank + plan.ranks, params.kept);
   const float* const scores =  // [S]
-      params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
+      kSource == KeySource::kWeightSumsOnChip
+          ? nullptr
+          : params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
   int64_t* const indices = params.indices + row * entries;  // [E]
+  const Team team = team_of(params.tokens, plan.cluster);
 
-  const Boundary boundary = select_tokens<kThreads>(scores, params.tokens, params.kept, first_rank, end_rank, indices);
+  const auto keys_of_block = [&] {
+    if constexpr (kSource != KeySource::kScoresStreamed) {
+      FSDC_DYNAMIC_SHARED(keys, uint32_t);
+      const bool all_stay = params.kept == params.tokens;
+      if (!all_stay) bring_keys<kSource, kThreads>(params, scores, batch, head, team, keys, histogram);
+      return KeysOnChip{keys};
+    } else {
+      return StreamedKeys{scores + team.first_token};
+    }
+  }();
+  const int64_t ranks_per_cluster = plan.ranks_per_block * plan.cluster;
+  const Ranks of_cluster = ranks_from(cluster * ranks_per_cluster, ranks_per_cluster, params.kept);
+  const Ranks of_block = ranks_from(block * plan.ranks_per_block, plan.ranks_per_block, params.kept);
+  const Boundary boundary =
+      select_tokens<kThreads>(keys_of_block, team, params, histogram, of_cluster, of_block, indices);
 
   const RowCopy keys = row_of(params.keys, batch, head, row, entries, plan.element_bytes);
   const RowCopy values = row_of(params.values, batch, head, row, entries, plan.element_bytes);
-  gather_tokens<kThreads>(keys, plan.key_access, indices, first_rank, end_rank);
-  gather_tokens<kThreads>(values, plan.value_access, indices, first_rank, end_rank);
+  gather_tokens<kThreads>(keys, plan.key_access, indices, of_block.begin, of_block.end);
+  gather_tokens<kThreads>(values, plan.value_access, indices, of_block.begin, of_block.end);
 
   if constexpr (!std::is_void_v<Element>) {
-    if (share == 0 && threadIdx.x == 0) indices[params.kept] = -1;
-    constexpr int kPack = 8 / static_cast<int>(sizeof(Element));
+    if (block == 0 && threadIdx.x == 0) indices[params.kept] = -1;
+    const auto sum = [&](auto pack) {
+      constexpr int kPack = decltype(pack)::value;
+      constexpr uint32_t kPackBytes = kPack * sizeof(Element);
+      const uint32_t of_keys = static_cast<uint32_t>(keys.token_bytes) / kPackBytes;
+      const uint32_t all = of_keys + static_cast<uint32_t>(values.token_bytes) / kPackBytes;
+      const uint32_t per_cluster = (all + plan.clusters_per_row - 1) / plan.clusters_per_row;
+      const Columns columns{of_keys, min(cluster * per_cluster, all), min((cluster + 1) * per_cluster, all)};
+      sum_skipped<Element, kPack, kThreads>(keys_of_block, team, params.tokens, boundary, keys, values, params.kept,
+                                            columns);
+    };
     if (plan.key_access >= 8 && plan.value_access >= 8) {
-      sum_skipped<Element, kPack, kThreads>(scores, params.tokens, boundary, keys, values, params.kept, share,
-                                            plan.shares);
+      sum(std::integral_constant<int, 8 / static_cast<int>(sizeof(Element))>{});
     } else {
-      sum_skipped<Element, 1, kThreads>(scores, params.tokens, boundary, keys, values, params.kept, share, plan.shares);
+      sum(std::integral_constant<int, 1>{});
     }
   }
 }
@@ -62,41 +120,37 @@ inline int access_of(const TokenRows& rows, int64_t element_bytes) {
                       static_cast<uint64_t>(strides * element_bytes));
 }
 
-// About 128 rows fill the device. Where there are fewer, the copying (and summing) of a row is cut into
-// shares, a block each, and every share selects for itself: that uses idle multiprocessors, not time, and it
-// spares scratch memory, a barrier between blocks and a second launch.
-inline TruncatePlan plan_truncate(const TruncateParams& params) {
-  constexpr int64_t kBlocks = 128;
-  constexpr int64_t kShareBytes = 32 << 10;  // below this a share is not worth its selection
-  const int64_t element_bytes = element_size(params.dtype);
-  const int64_t read_tokens = params.has_skipped ? params.tokens : params.kept;
-  const int64_t read_bytes = read_tokens * (params.keys.head_dim + params.values.head_dim) * element_bytes;
-  const int64_t shares = std::max<int64_t>(std::min(kBlocks / params.rows(), read_bytes / kShareBytes), 1);
-  return {.shares = static_cast<uint32_t>(shares),
-          .ranks = (params.kept + shares - 1) / shares,
-          .element_bytes = static_cast<int>(element_bytes),
-          .key_access = access_of(params.keys, element_bytes),
-          .value_access = access_of(params.values, element_bytes)};
-}
-
 template <int kThreads>
-cudaError_t launch_truncate_kernel(const TruncateParams& params, cudaStream_t stream) {
+cudaError_t launch_truncate_kernel(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream) {
   if (params.rows() == 0 || params.entries() == 0) return cudaSuccess;
-  const TruncatePlan plan = plan_truncate(params);
-  const int64_t blocks = params.rows() * plan.shares;
-  const int64_t token_bytes = std::max(params.keys.head_dim, params.values.head_dim) * plan.element_bytes;
+  if (params.scores == nullptr && !can_sum_weights(params, plan)) return cudaErrorInvalidValue;
+  const int64_t element_bytes = element_size(params.dtype);
+  const int64_t blocks = params.rows() * plan.blocks_per_row();
+  const int64_t token_bytes = std::max(params.keys.head_dim, params.values.head_dim) * element_bytes;
   const bool fits = blocks <= std::numeric_limits<int32_t>::max() &&          // a grid
                     params.tokens <= std::numeric_limits<uint32_t>::max() &&  // a counter
                     token_bytes < int64_t{1} << 31;                           // an offset inside a token
   if (!fits) return cudaErrorInvalidValue;
-  const dim3 grid(static_cast<unsigned>(blocks));
-  if (!params.has_skipped) {
-    return launch(truncate_kernel<void, kThreads>, grid, kThreads, 0, stream, params, plan);
+  const TruncateLaunch launched{.cluster = plan.cluster,
+                                .clusters_per_row = plan.clusters_per_row,
+                                .ranks_per_block = (params.kept + plan.blocks_per_row() - 1) / plan.blocks_per_row(),
+                                .element_bytes = static_cast<int>(element_bytes),
+                                .key_access = access_of(params.keys, element_bytes),
+                                .value_access = access_of(params.values, element_bytes)};
+  const Grid grid{.blocks = static_cast<unsigned>(blocks),
+                  .threads = kThreads,
+                  .shared_bytes = static_cast<size_t>(key_bytes(params, plan)),
+                  .cluster = plan.cluster};
+  const auto launch_kernel = [&](auto kernel) { return launch(kernel, grid, stream, params, launched); };
+  if (params.scores == nullptr) {
+    return launch_kernel(truncate_kernel<void, KeySource::kWeightSumsOnChip, kThreads>);
   }
-  return with_element(params.dtype, [&](auto element) {
+  const auto launch_for = [&](auto element) {
     using Element = typename decltype(element)::type;
-    return launch(truncate_kernel<Element, kThreads>, grid, kThreads, 0, stream, params, plan);
-  });
+    return plan.keys_on_chip ? launch_kernel(truncate_kernel<Element, KeySource::kScoresOnChip, kThreads>)
+                             : launch_kernel(truncate_kernel<Element, KeySource::kScoresStreamed, kThreads>);
+  };
+  return params.has_skipped ? with_element(params.dtype, launch_for) : launch_for(ElementType<void>{});
 }
 
 }  // namespace fsdc::cuda

@@ -8,45 +8,60 @@
 
 namespace fsdc::cuda {
 
-// Columns, kPack elements wide, are counted through the keys and on through the values; each share takes a
-// run of them. A thread walks one column through one segment, then the segments are added up.
-template <class Element, int kPack, int kThreads>
-__device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary& boundary, const RowCopy& keys,
-                            const RowCopy& values, int64_t entry, uint32_t share, uint32_t shares) {
+// Columns [begin, end), kPack elements wide, counted through the keys and on through the values.
+struct Columns {
+  uint32_t of_keys;  // the first so many
+  uint32_t begin;
+  uint32_t end;
+};
+
+// Where a column starts in the team's first token, and the bytes from token to token.
+struct ColumnSource {
+  const char* first;
+  int64_t step;
+};
+
+__device__ inline ColumnSource source_of(const Columns& columns, uint32_t column, int pack_bytes, const RowCopy& keys,
+                                         const RowCopy& values) {
+  const bool is_key = column < columns.of_keys;
+  const RowCopy& copy = is_key ? keys : values;
+  return {copy.source + int64_t{is_key ? column : column - columns.of_keys} * pack_bytes, copy.source_step};
+}
+
+// A thread walks one column through one segment of its block's tokens; then the segments of all blocks of the team are
+// added up, each block some of the columns. The same columns for all blocks of a team.
+template <class Element, int kPack, int kThreads, class Keys>
+__device__ void sum_skipped(const Keys& keys_of_block, const Team& team, int64_t tokens, const Boundary& boundary,
+                            const RowCopy& keys, const RowCopy& values, int64_t entry, const Columns& columns) {
   using Sum = Accumulator<Element>;
   using Word = Access<kPack* static_cast<int>(sizeof(Element))>;
   constexpr int kAhead = 8;  // tokens of one thread in flight
-  constexpr int kPackBytes = static_cast<int>(sizeof(Word));
-  constexpr int kSegments = static_cast<int>(kSumSegments);
-  constexpr int kColumns = kThreads / kSegments;  // walked at the same time
-  FSDC_SHARED(sums, Sum[kSegments][kColumns * kPack]);
+  constexpr uint32_t kSegments = static_cast<uint32_t>(kSumSegments);
+  constexpr uint32_t kItems = kThreads / kSegments * kPack;  // elements that a block finishes at a time
+  FSDC_SHARED(sums, Sum[kThreads * kPack]);                  // [segments of this block][elements walked at a time]
 
-  const uint32_t key_columns = static_cast<uint32_t>(keys.token_bytes) / kPackBytes;
-  const uint32_t columns = key_columns + static_cast<uint32_t>(values.token_bytes) / kPackBytes;
-  const uint32_t per_share = (columns + shares - 1) / shares;
-  const uint32_t end_column = min((share + 1) * per_share, columns);
-  const int64_t run = (tokens + kSegments - 1) / kSegments;
-  const uint32_t segment = threadIdx.x / kColumns;
-  const uint32_t place = threadIdx.x % kColumns;
-  const int64_t end_token = min((segment + 1) * run, tokens);
+  const uint32_t segments = kSegments / team.blocks;
+  const uint32_t walked = kThreads / segments;  // columns at a time
+  const uint32_t segment = threadIdx.x / walked;
+  const uint32_t place = threadIdx.x % walked;
+  const int64_t run = tokens_per_segment(tokens);
+  const int64_t begin = min(segment * run, team.tokens);  // counted from the block's first token
+  const int64_t end = min(begin + run, team.tokens);
 
-  for (uint32_t first_column = share * per_share; first_column < end_column; first_column += kColumns) {
+  for (uint32_t first_column = columns.begin; first_column < columns.end; first_column += walked) {
     const uint32_t column = first_column + place;
-    const bool is_key = column < key_columns;
-    const int64_t column_offset = int64_t{is_key ? column : column - key_columns} * kPackBytes;
-    const int64_t source_step = is_key ? keys.source_step : values.source_step;
-    const char* token = (is_key ? keys.source : values.source) + column_offset + segment * run * source_step;
-
+    const ColumnSource source = source_of(columns, column, static_cast<int>(sizeof(Word)), keys, values);
+    const char* token = source.first + (team.first_token + begin) * source.step;
     Sum sum[kPack] = {};
-    for (int64_t first = column < end_column ? segment * run : tokens; first < end_token; first += kAhead) {
-      const int left = clamp_to_int(end_token - first);
+    for (int64_t first = column < columns.end ? begin : end; first < end; first += kAhead) {
+      const int left = clamp_to_int(end - first);
       Word words[kAhead];
       bool skipped[kAhead];
       FSDC_UNROLL
       for (int i = 0; i < kAhead; ++i) {
-        skipped[i] = i < left && !boundary.keeps(key_of(scores + first, i), first + i);
+        skipped[i] = i < left && !boundary.keeps(keys_of_block(first + i), team.first_token + first + i);
         if (skipped[i]) words[i] = __ldg(reinterpret_cast<const Word*>(token));
-        token += source_step;
+        token += source.step;
       }
       FSDC_UNROLL
       for (int i = 0; i < kAhead; ++i) {
@@ -57,19 +72,23 @@ __device__ void sum_skipped(const float* scores, int64_t tokens, const Boundary&
       }
     }
     FSDC_UNROLL
-    for (uint32_t item = 0; item < kPack; ++item) sums[segment][place * kPack + item] = sum[item];
-    __syncthreads();
+    for (uint32_t item = 0; item < kPack; ++item) sums[threadIdx.x * kPack + item] = sum[item];
+    team_sync(team.blocks);
 
-    const uint32_t item = first_column * kPack + threadIdx.x;  // an element, counted like the columns
-    if (threadIdx.x < kColumns * kPack && item < end_column * kPack) {
+    const uint32_t item = team.rank * kItems + threadIdx.x;  // of those walked
+    const uint32_t element = first_column * kPack + item;    // counted like the columns
+    if (threadIdx.x < kItems && element < columns.end * kPack) {
       Sum total = 0;
-      for (int i = 0; i < kSegments; ++i) total = add(total, sums[i][threadIdx.x]);
-      const bool of_keys = item < key_columns * kPack;
+      for (uint32_t i = 0; i < kSegments; ++i) {
+        const Sum* const of_block = team.blocks == 1 ? sums : cluster_map(&sums[0], i / segments);
+        total = add(total, of_block[i % segments * walked * kPack + item]);
+      }
+      const bool of_keys = element < columns.of_keys * kPack;
       const RowCopy& copy = of_keys ? keys : values;
       Element* const out = reinterpret_cast<Element*>(copy.out + entry * copy.token_bytes);
-      narrow(total, out[of_keys ? item : item - key_columns * kPack]);
+      narrow(total, out[of_keys ? element : element - columns.of_keys * kPack]);
     }
-    __syncthreads();  // before the next columns take the place of these
+    team_sync(team.blocks);  // before the next columns take the place of these, or the block ends
   }
 }
 

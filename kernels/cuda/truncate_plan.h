@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the blocks of a launch of truncate share the work, decided by shapes and by what the device has.
+#pragma once
+
+#include <algorithm>
+
+#include "../truncate.h"
+
+namespace fsdc::cuda {
+
+// What a plan needs to know of a device.
+struct Device {
+  int64_t multiprocessors;
+  int64_t shared_bytes_per_block;  // at most, when asked for
+  int64_t shared_bytes_per_multiprocessor;
+  bool has_clusters;  // and the kernels were compiled for them
+};
+
+struct TruncatePlan {
+  uint32_t cluster = 1;           // blocks that select a row together, each some of its tokens: 1, 2, 4 or 8
+  uint32_t clusters_per_row = 1;  // each selects for itself, then they share the copying
+  bool keys_on_chip = false;      // in shared memory, read once; else the scores are read again in each pass
+
+  uint32_t blocks_per_row() const { return cluster * clusters_per_row; }
+};
+
+// The tokens of one block: whole segments of the skipped sum, so that each is added up in one place.
+FSDC_HOST_DEVICE inline int64_t tokens_per_segment(int64_t tokens) {
+  return (tokens + kSumSegments - 1) / kSumSegments;
+}
+FSDC_HOST_DEVICE inline int64_t tokens_per_block(int64_t tokens, uint32_t cluster) {
+  return cluster == 1 ? tokens : tokens_per_segment(tokens) * (kSumSegments / cluster);
+}
+
+// Bytes of dynamic shared memory.
+inline int64_t key_bytes(const TruncateParams& params, const TruncatePlan& plan) {
+  return plan.keys_on_chip ? std::max<int64_t>(tokens_per_block(params.tokens, plan.cluster), 1) * 4 : 0;
+}
+
+// Where rows are fewer than multiprocessors, several blocks share one; with clusters they share the selection too.
+// Without, every block selects the whole row for itself: that uses idle multiprocessors, not time. A row too long for
+// the shared memory of one block gets a cluster as well.
+inline TruncatePlan plan_truncate(const TruncateParams& params, const Device& device) {
+  constexpr int64_t kStaticBytes = 28 << 10;  // of the kernel, rounded up, and what the system takes
+  constexpr int64_t kShareBytes = 32 << 10;   // below this a share of the copying is not worth a block
+  constexpr uint32_t kMostInCluster = 8;
+
+  const int64_t read_tokens = params.has_skipped ? params.tokens : params.kept;
+  const int64_t token_bytes = (params.keys.head_dim + params.values.head_dim) * element_size(params.dtype);
+  const int64_t idle = device.multiprocessors / std::max<int64_t>(params.rows(), 1);
+  const int64_t blocks = std::max<int64_t>(std::min(idle, read_tokens * token_bytes / kShareBytes), 1);
+  const auto fits = [&](uint32_t cluster, int64_t shared_bytes) {
+    return tokens_per_block(params.tokens, cluster) * 4 <= shared_bytes - kStaticBytes;
+  };
+
+  TruncatePlan plan;
+  if (device.has_clusters) {
+    const int64_t two_blocks = std::min(device.shared_bytes_per_block, device.shared_bytes_per_multiprocessor / 2);
+    while (plan.cluster < kMostInCluster && (plan.cluster * 2 <= blocks || !fits(plan.cluster, two_blocks))) {
+      plan.cluster *= 2;
+    }
+  }
+  plan.clusters_per_row = static_cast<uint32_t>(std::max<int64_t>(blocks / plan.cluster, 1));
+  plan.keys_on_chip = fits(plan.cluster, device.shared_bytes_per_block);
+  return plan;
+}
+
+// Weights are summed on the way in where each is then read once. Not together with a skipped entry: that would double
+// the number of kernels for a case that reads all keys and values anyway.
+inline bool can_sum_weights(const TruncateParams& params, const TruncatePlan& plan) {
+  return plan.keys_on_chip && plan.clusters_per_row == 1 && !params.has_skipped;
+}
+
+}  // namespace fsdc::cuda

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// The device that these tests run on: the CPU by way of tests/simt (device_simt.cpp), or a GPU (device_cuda.cpp).
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "kernels/accumulate_scores.h"
+#include "kernels/cuda/truncate_plan.h"
+#include "kernels/truncate.h"
+
+namespace fsdc::test {
+
+using Bytes = std::vector<char>;
+
+// A copy of `bytes` on the device, in an allocation of exactly this size.
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(const Bytes& bytes);
+  ~DeviceMemory();
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+  char* data() const { return data_; }
+  Bytes copy() const;  // after all that was launched
+
+ private:
+  char* data_;
+  size_t bytes_;
+};
+
+// In how many orders threads can be made to run, and the choice of one. A GPU has its own.
+int orders();
+void use_order(int order);
+
+// False where checks make kernels slow: then not every case runs in every way.
+bool is_fast();
+
+// Blocks that this device lets read each other's memory, at most: 1 or 8.
+uint32_t most_in_cluster();
+
+// These throw where a launch failed.
+void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan);
+void accumulate_scores(const AccumulateScoresParams& params);
+
+}  // namespace fsdc::test

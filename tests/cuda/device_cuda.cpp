@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// A GPU, and the kernels as they ship.
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "kernels/cuda/launch.h"
+
+namespace fsdc::test {
+namespace {
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+}  // namespace
+
+DeviceMemory::DeviceMemory(const Bytes& bytes) : data_(nullptr), bytes_(bytes.size()) {
+  if (bytes_ == 0) return;
+  void* data = nullptr;
+  check(cudaMalloc(&data, bytes_));
+  data_ = static_cast<char*>(data);
+  check(cudaMemcpy(data_, bytes.data(), bytes_, cudaMemcpyHostToDevice));
+}
+
+DeviceMemory::~DeviceMemory() { cudaFree(data_); }
+
+Bytes DeviceMemory::copy() const {
+  Bytes bytes(bytes_);
+  if (bytes_ > 0) check(cudaMemcpy(bytes.data(), data_, bytes_, cudaMemcpyDeviceToHost));
+  return bytes;
+}
+
+int orders() { return 1; }
+void use_order(int) {}
+bool is_fast() { return true; }
+
+uint32_t most_in_cluster() {
+  int device = 0, has_clusters = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
+  return has_clusters != 0 ? 8 : 1;
+}
+
+void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
+  check(cuda::launch_truncate(params, plan, nullptr));
+  check(cudaDeviceSynchronize());
+}
+
+void accumulate_scores(const AccumulateScoresParams& params) {
+  check(cuda::launch_accumulate_scores(params, nullptr));
+  check(cudaDeviceSynchronize());
+}
+
+}  // namespace fsdc::test

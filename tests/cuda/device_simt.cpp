@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels themselves, compiled for the CPU, with blocks that are small enough to run quickly.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+
+#include "device.h"
+#include "kernels/cuda/accumulate_scores.cuh"
+#include "kernels/cuda/truncate.cuh"
+
+namespace fsdc::test {
+namespace {
+
+constexpr int kThreads = 64;
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error("launch failed with error " + std::to_string(int(error)));
+}
+
+}  // namespace
+
+// malloc: AddressSanitizer sees the first byte beyond.
+DeviceMemory::DeviceMemory(const Bytes& bytes)
+    : data_(static_cast<char*>(std::malloc(bytes.size()))), bytes_(bytes.size()) {
+  if (bytes_ > 0) std::memcpy(data_, bytes.data(), bytes_);
+}
+DeviceMemory::~DeviceMemory() { std::free(data_); }
+Bytes DeviceMemory::copy() const { return {data_, data_ + bytes_}; }
+
+bool is_fast() {
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+  return false;
+#else
+  return true;
+#endif
+}
+
+int orders() {
+#if defined(__SANITIZE_THREAD__)
+  return 1;  // to the race checker all are one
+#else
+  return 4;
+#endif
+}
+
+void use_order(int order) {
+  constexpr simt::Order kOrders[] = {simt::Order::kSequential, simt::Order::kReverse, simt::Order::kRandom};
+  simt::options().order = kOrders[std::min(order, 2)];
+  simt::options().seed = static_cast<uint64_t>(order);
+  simt::options().resident_clusters = order < 2 ? 1 : 3;
+}
+
+uint32_t most_in_cluster() { return 8; }
+
+void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
+  check(cuda::launch_truncate_kernel<kThreads>(params, plan, nullptr));
+}
+
+void accumulate_scores(const AccumulateScoresParams& params) {
+  check(cuda::launch_accumulate_scores_kernel<kThreads>(params, nullptr));
+}
+
+}  // namespace fsdc::test

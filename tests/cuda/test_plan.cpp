@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// How truncate shares its work on devices of several kinds. Needs no device.
+#include <catch2/catch_test_macros.hpp>
+
+#include "kernels/cuda/truncate_plan.h"
+
+using namespace fsdc;
+using cuda::Device;
+using cuda::plan_truncate;
+using cuda::TruncatePlan;
+
+namespace {
+
+constexpr Device kH200{132, 227 << 10, 228 << 10, true};
+constexpr Device kA100{108, 163 << 10, 164 << 10, false};
+constexpr Device kL40{142, 99 << 10, 100 << 10, false};
+
+// bf16, D = 128
+TruncateParams shape(int64_t rows, int64_t tokens, int64_t kept, bool has_skipped = false) {
+  const TokenRows tokens_of{nullptr, 0, 0, 0, 128, nullptr};
+  return {.batch = 1,
+          .heads = rows,
+          .tokens = tokens,
+          .kept = kept,
+          .has_skipped = has_skipped,
+          .dtype = DType::kBFloat16,
+          .scores = nullptr,
+          .score_batch_stride = 0,
+          .score_head_stride = 0,
+          .keys = tokens_of,
+          .values = tokens_of,
+          .indices = nullptr};
+}
+
+}  // namespace
+
+TEST_CASE("plan: few rows get clusters where there are any") {
+  const TruncatePlan clusters = plan_truncate(shape(8, 32768, 1024), kH200);
+  CHECK(clusters.cluster == 8);
+  CHECK(clusters.clusters_per_row == 2);  // 128 of 132 multiprocessors
+  CHECK(clusters.keys_on_chip);
+  const TruncatePlan alone = plan_truncate(shape(8, 32768, 1024), kA100);
+  CHECK(alone.cluster == 1);
+  CHECK(alone.clusters_per_row == 13);
+  CHECK(alone.keys_on_chip);
+}
+
+TEST_CASE("plan: many rows get a block each, and so does what is too small to share") {
+  for (const Device& device : {kH200, kA100, kL40}) {
+    for (const TruncateParams& params : {shape(2048, 4096, 1024), shape(1, 40, 20), shape(0, 40, 20)}) {
+      const TruncatePlan plan = plan_truncate(params, device);
+      CHECK(plan.blocks_per_row() == 1);
+      CHECK(plan.keys_on_chip);
+    }
+  }
+}
+
+TEST_CASE("plan: rows longer than a block's memory get a cluster, then are read again") {
+  CHECK(plan_truncate(shape(256, 32768, 1024), kH200).cluster == 2);  // two blocks per multiprocessor
+  CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).cluster == 8);
+  CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).keys_on_chip);
+  CHECK_FALSE(plan_truncate(shape(256, 1'000'000, 1024), kH200).keys_on_chip);
+  CHECK_FALSE(plan_truncate(shape(256, 32768, 1024), kL40).keys_on_chip);
+}
+
+TEST_CASE("plan: keys fit, and no more blocks than multiprocessors share few rows") {
+  for (const Device& device : {kH200, kA100, kL40}) {
+    for (const int64_t rows : {1, 7, 8, 64, 133, 2049}) {
+      for (const int64_t tokens : {1, 17, 4096, 32768, 131073, 2'000'000}) {
+        for (const bool has_skipped : {false, true}) {
+          const TruncateParams params = shape(rows, tokens, tokens / 2, has_skipped);
+          const TruncatePlan plan = plan_truncate(params, device);
+          CAPTURE(device.multiprocessors, rows, tokens, has_skipped, plan.cluster, plan.clusters_per_row);
+          CHECK((plan.cluster == 1 || device.has_clusters));
+          CHECK((plan.cluster & (plan.cluster - 1)) == 0);
+          CHECK(plan.cluster <= 8);
+          CHECK(cuda::key_bytes(params, plan) + (27 << 10) <= device.shared_bytes_per_block);
+          CHECK(rows * (plan.clusters_per_row - 1) * plan.cluster <= device.multiprocessors);
+          // Nothing is left over between the blocks of a cluster.
+          CHECK(plan.cluster * cuda::tokens_per_block(tokens, plan.cluster) >= tokens);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("plan: weights are summed on the way in where each is read once") {
+  const TruncateParams params = shape(64, 4096, 1024);
+  CHECK(cuda::can_sum_weights(params, plan_truncate(params, kH200)));
+  CHECK_FALSE(cuda::can_sum_weights(params, {1, 2, true}));
+  CHECK_FALSE(cuda::can_sum_weights(params, {1, 1, false}));
+  CHECK_FALSE(cuda::can_sum_weights(shape(64, 4096, 1024, true), {1, 1, true}));
+}

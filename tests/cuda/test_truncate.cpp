@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// truncate on the device, bit for bit what the CPU's kernels give.
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+#include <catch2/generators/catch_generators_range.hpp>
+#include <set>
+
+#include "truncate_case.h"
+
+using namespace fsdc;
+using namespace fsdc::test;
+
+namespace {
+
+std::vector<float> random_scores(int64_t count) { return hostile_scores(count).at("random"); }
+
+// Ways to share a row among blocks.
+std::vector<cuda::TruncatePlan> all_plans() {
+  std::vector<cuda::TruncatePlan> plans;
+  for (const bool keys_on_chip : {false, true}) {
+    for (const uint32_t cluster : {1u, 2u, 4u, 8u}) {
+      if (cluster <= most_in_cluster()) plans.push_back({cluster, 1, keys_on_chip});
+    }
+    plans.push_back({1, 3, keys_on_chip});
+    plans.push_back({std::min(2u, most_in_cluster()), 2, keys_on_chip});
+  }
+  return plans;
+}
+
+// With two plans, other ones at each call, or with every plan.
+void check_with_plans(TruncateCase which, bool with_all = false) {
+  static const std::vector<cuda::TruncatePlan> plans = all_plans();
+  static size_t turn = 0;
+  const TruncateResult expected = truncate_on_cpu(which);
+  for (size_t i = 0; i < (with_all ? plans.size() : 2); ++i) {
+    which.plan = plans[turn++ % plans.size()];
+    check_truncate(which, expected);
+  }
+}
+
+int generate_order() {
+  const int order = GENERATE(range(0, orders()));
+  use_order(order);
+  return order;
+}
+
+}  // namespace
+
+TEST_CASE("truncate: hostile scores") {
+  const int64_t tokens = GENERATE(1, 2, 16, 17, 33, 512, 513, 1100);
+  const bool with_all = generate_order() == 0 && is_fast();
+  for (const auto& [name, scores] : hostile_scores(tokens)) {
+    CAPTURE(name);
+    for (const int64_t kept : std::set<int64_t>{1, tokens / 3, tokens - 1, tokens}) {
+      check_with_plans({.tokens = tokens, .kept = kept, .key_dim = 1, .value_dim = 0, .scores = scores}, with_all);
+      if (kept == tokens) continue;
+      check_with_plans(
+          {.tokens = tokens, .kept = kept, .has_skipped = true, .key_dim = 1, .value_dim = 1, .scores = scores},
+          with_all);
+    }
+  }
+}
+
+TEST_CASE("truncate: equal scores on both sides of a block's border") {
+  const bool with_all = generate_order() == 0 && is_fast();
+  for (const int64_t tokens : {40, 130, 520}) {
+    for (int64_t equal = 0; equal <= tokens; equal += tokens / 8) {  // the first so many are larger than the others
+      std::vector<float> scores(size_t(tokens), 1.0f);
+      std::fill_n(scores.begin(), equal, 2.0f);
+      for (const int64_t kept : std::set<int64_t>{1, equal - 1, equal, equal + 1, tokens / 2, tokens - 1}) {
+        if (kept < 1 || kept >= tokens) continue;
+        for (const bool has_skipped : {false, true}) {
+          check_with_plans({.tokens = tokens, .kept = kept, .has_skipped = has_skipped, .key_dim = 1, .scores = scores},
+                           with_all);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("truncate: element types and head dimensions") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64);
+  generate_order();
+  for (const int64_t dim : {1, 2, 3, 8, 17, 64}) {
+    for (const bool has_skipped : {false, true}) {
+      TruncateCase which{.batch = 2, .heads = 2, .tokens = 70, .kept = 20, .has_skipped = has_skipped, .dtype = dtype};
+      which.key_dim = dim;
+      which.value_dim = 5;
+      which.scores = random_scores(which.rows() * which.tokens);
+      check_with_plans(which);
+      which.key_dim = which.value_dim = dim;
+      check_with_plans(which);
+      which.kept = which.tokens - has_skipped;
+      check_with_plans(which);
+    }
+  }
+}
+
+TEST_CASE("truncate: strides and alignment") {
+  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  generate_order();
+  for (const bool has_skipped : {false, true}) {
+    TruncateCase which{.batch = 2, .heads = 1, .tokens = 90, .kept = 33, .has_skipped = has_skipped, .dtype = dtype};
+    which.key_dim = which.value_dim = 16;
+    which.scores = random_scores(which.rows() * which.tokens);
+    for (const int64_t elements : {1, 2, 4}) {
+      TruncateCase unaligned = which, padded = which;
+      unaligned.unaligned_elements = elements;
+      padded.token_padding = elements;
+      check_with_plans(unaligned);
+      check_with_plans(padded);
+    }
+    which.broadcast_tokens = true;
+    check_with_plans(which);
+  }
+}
+
+TEST_CASE("truncate: nothing to do, or nothing to compare") {
+  generate_order();
+  check_with_plans({.batch = 0});
+  check_with_plans({.tokens = 0, .kept = 0});
+  check_with_plans({.tokens = 3, .kept = 0, .has_skipped = true, .scores = {1, 2, 3}});
+  check_with_plans({.tokens = 100, .kept = 0, .has_skipped = true, .scores = random_scores(100)});
+}
+
+TEST_CASE("truncate: the sums of attention weights instead of scores") {
+  const DType weights = GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64);
+  const int order = generate_order();
+  for (const int64_t tokens : {1, 15, 100, 300, 700}) {
+    TruncateCase which{.batch = 2, .heads = 2, .tokens = tokens, .kept = std::max<int64_t>(tokens / 3, 1)};
+    which.weights = {.is_used = true, .dtype = weights, .group = 3, .queries = 2};
+    for (uint32_t cluster = 1; cluster <= most_in_cluster(); cluster *= 2) {
+      if (!is_fast() && order % 4 != int(cluster) % 3) continue;
+      which.plan = {cluster, 1, true};
+      check_truncate(which, truncate_on_cpu(which));
+    }
+  }
+}
+
+TEST_CASE("truncate: plans that cannot sum weights are refused") {
+  TruncateCase which{.tokens = 40, .kept = 10};
+  which.weights = {.is_used = true, .dtype = DType::kFloat32, .group = 1, .queries = 1};
+  for (const cuda::TruncatePlan& plan : {cuda::TruncatePlan{1, 1, false}, cuda::TruncatePlan{1, 2, true}}) {
+    which.plan = plan;
+    CHECK_THROWS(truncate_on_device(which));
+  }
+}

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel once or twice, on small inputs, for compute-sanitizer: it makes a kernel hundreds of times slower.
+
+Run by tests/gpu/run with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that each tensor is an allocation of its own and the
+first byte beyond is nobody's. Compares with the specification, bit for bit.
+"""
+
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from fixed_size_kv_cache import reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python"))
+from inputs import FLOATING, assert_all_same_bits, rows
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    cases = 0  # wide rows of 3000 tokens are shared by a cluster, the others are not
+    for (B, H, S), D, dtype, skipped in product([(1, 2, 3000), (2, 70, 70)], [3, 64], FLOATING, [False, True]):
+        keys, values = rows(B, H, S, D, dtype, "cuda"), rows(B, H, S, 8, dtype, "cuda")
+        scores = torch.rand(B, H, S, device="cuda")
+        actual = torch.ops.fsdc.truncate(keys, values, scores, S // 3, include_skipped=skipped)
+        wanted = reference.truncate(keys.cpu(), values.cpu(), scores.cpu(), S // 3, include_skipped=skipped)
+        assert_all_same_bits([x.cpu() for x in actual], wanted)
+        weights = torch.rand(B, 2 * H, 3, S, device="cuda").to(dtype)
+        sums = scores.cpu()
+        reference.accumulate_scores_(sums, weights.cpu())
+        torch.ops.fsdc.accumulate_scores_(scores, weights)
+        assert_all_same_bits([scores.cpu()], [sums])
+        actual = torch.ops.fsdc.truncate(keys, values, weights, S // 3, include_skipped=skipped)
+        wanted = reference.truncate(keys.cpu(), values.cpu(), weights.cpu(), S // 3, include_skipped=skipped)
+        assert_all_same_bits([x.cpu() for x in actual], wanted)
+        cases += 1
+    print(f"{cases} cases agree")
+
+
+if __name__ == "__main__":
+    main()
