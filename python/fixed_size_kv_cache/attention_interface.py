@@ -86,7 +86,7 @@ def _attend_elsewhere(
         )
     if rule.softcap is None and rule.sinks is None:
         return sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=rule.scaling, is_causal=is_causal
+            module, query, key, value, mask, dropout=dropout, scaling=rule.scaling, is_causal=is_causal and mask is None
         )[0]
     if dropout > 0:
         raise NotImplementedError(
@@ -118,7 +118,7 @@ def fsdc_mask(
     """What ``fsdc_attention`` gets as its mask.
 
     For causal layers: which of the new tokens are padding, ``[B, Q]``, or None; what they see of the held tokens is
-    the cache's own knowledge. It is contiguous, so that a compiled step always sees the same strides. For windows,
+    the cache's own knowledge. It is a copy, so that a compiled step always sees the same strides. For windows,
     chunks and other patterns: the mask of transformers' sdpa, ``[B, 1, Q, columns]``.
     """
     if local_size is not None or mask_function is not causal_mask_function:
@@ -130,7 +130,8 @@ def fsdc_mask(
     if attention_mask is None:
         return None
     Q = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]  # the latter up to 5.3
-    return attention_mask[:, -Q:].contiguous()
+    # Not .contiguous(): one row of one token counts as contiguous with any stride.
+    return attention_mask[:, -Q:].clone(memory_format=torch.contiguous_format)
 
 
 AttentionInterface.register(NAME, fsdc_attention)

@@ -85,6 +85,8 @@ def test_an_assistant_model_changes_nothing_and_is_capped_itself():
 @pytest.mark.parametrize("full_ids", [True, False])
 @pytest.mark.parametrize("cache_size", [100, 12])
 def test_a_second_turn_is_one_run_with_the_same_chunks(full_ids, cache_size):
+    if not full_ids and transformers.__version__ < "5":
+        pytest.skip("upstream takes the full text only, until transformers 5")
     model, ids, more = tiny_llama(), tokens(1, 20), tokens(1, 9, seed=5)
     with enable(model, cache_size=cache_size):
         cache = new_cache(model, cache_size)
