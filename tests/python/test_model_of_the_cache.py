@@ -67,7 +67,8 @@ class Row:
     def eviction_score(self, token: Token, settings) -> float:
         if token.position < settings.sink_tokens or token.position >= self.seen - settings.recent_tokens:
             return math.inf
-        return token.score * token.value.norm().item() * (1 - settings.redundancy * token.redundancy)
+        credited = token.score + G * settings.score_prior
+        return credited * token.value.norm().item() * (1 - settings.redundancy * token.redundancy)
 
 
 class CacheAgainstDictionaries(RuleBasedStateMachine):
