@@ -47,7 +47,7 @@ class Skipped(NamedTuple):
 
 def softmax(
     products: Tensor,  # [B, H, G, Q, S], q @ k
-    query: Tensor,  # [B, H, G, Q, D]
+    query: Tensor,  # [B, Hq, Q, D]
     visible: Tensor | None,  # bool, broadcast to [B, H, Q, S]
     rule: LogitRule,
     skipped: Skipped | None = None,
@@ -64,7 +64,8 @@ def softmax(
         logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
     if skipped is not None:
         key, _, bias = skipped.entry()
-        extra = rule.logits(query.to(key.dtype) @ key[:, :, None, :, None]) + bias[..., None, None, None]
+        grouped = query.to(key.dtype).reshape(*products.shape[:4], -1)
+        extra = rule.logits(grouped @ key[:, :, None, :, None]) + bias[..., None, None, None]
         logits = torch.cat([logits.to(wide), extra.to(wide)], dim=-1)
     if rule.sinks is not None:
         B, H, G, Q = logits.shape[:4]
@@ -95,10 +96,8 @@ def attend_with_weights(
         The output ``[B, Hq, Q, D]``, the probabilities of the slots ``[B, Hq, Q, S]`` in the softmax's type, and the
         share of the evicted tokens' entry ``[B, Hq, Q]``, None without one.
     """
-    B, Hq, Q, D = query.shape
-    H, S = values.shape[1:3]
-    grouped = query.reshape(B, H, Hq // H, Q, D)
-    weights, lost = softmax(products.view(B, H, Hq // H, Q, S), grouped, visible, rule, skipped)
+    (B, Hq, Q), (H, S) = query.shape[:3], values.shape[1:3]
+    weights, lost = softmax(products.view(B, H, Hq // H, Q, S), query, visible, rule, skipped)
     if visible is not None:
         # 0 * NaN is NaN: the value of a slot that nobody sees must not be read.
         values = values.masked_fill(~visible.any(2)[..., None], 0)

@@ -27,15 +27,14 @@ def add_column_sums_(
         The attention that went to the entry of the evicted tokens, ``[B, H]``, summed over queries and group; None
         without an entry.
     """
-    (B, Hq, Q, D), H = query.shape, keys.shape[1]
+    (B, Hq, Q), H = query.shape[:3], keys.shape[1]
     lost = None
     for start in range(0, Q, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, Q)
         columns, visible = visibility.of_block(start, stop, keys.device)
         block = query[:, :, start:stop]
         products = products_of(block, keys[:, :, :columns]).view(B, H, Hq // H, stop - start, columns)
-        grouped = block.reshape(B, H, Hq // H, stop - start, D)
-        weights, to_entry = softmax(products, grouped, visible, rule, skipped)
+        weights, to_entry = softmax(products, block, visible, rule, skipped)
         torch.ops.fsdc.accumulate_scores_(
             scores[:, :, :columns],
             weights.reshape(B, Hq, stop - start, columns),

@@ -148,7 +148,11 @@ class FixedSizeDynamicCache(BaseCache):
                 "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
         layer = self._own_layer(layer_idx)
-        output = layer.attend(query_states, attention_mask, rule)
+        if torch.compiler.is_compiling():
+            output = layer.attend(query_states, attention_mask, rule)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # a step is many small operations; nothing here has a gradient
+                output = layer.attend(query_states, attention_mask, rule)
         self._free_memory(layer_idx, query_states.shape[2])
         return output
 

@@ -165,7 +165,7 @@ class FixedSizeLayer(Slots):
         if Q == 1:
             new = self._write_facts(stage)
             likeness = stage.keys * new["key_scales"][..., None].to(self.dtype) @ stage.all_keys.mT
-            self._fold_one(stage, new, weights, likeness)
+            self._fold_one(stage, new, weights, likeness[:, :, 0])
         else:
             self._fold_many(stage, functools.partial(_add_weights, weights))
 
@@ -223,7 +223,7 @@ class FixedSizeLayer(Slots):
         )
         if lost is not None:
             self.lost.copy_(lost.view(B, H, -1).mean(-1))
-        self._fold_one(stage, new, weights, products[:, :, -1:])
+        self._fold_one(stage, new, weights, products[:, :, -1])
         return output
 
     def _write_facts(self, stage: Stage) -> dict[str, Tensor]:
@@ -235,12 +235,12 @@ class FixedSizeLayer(Slots):
         return new
 
     def _fold_one(self, stage: Stage, new: dict[str, Tensor], weights: Tensor, likeness: Tensor) -> None:
-        """``likeness`` ``[B, H, 1, T + 1]``: the products of the keys with the new one, scaled to length 1."""
+        """``likeness`` ``[B, H, T + 1]``: the products of the keys with the new one, scaled to length 1."""
         T, valid = stage.all_keys.shape[2] - 1, stage.valid
         votes = (None, self.carry) if valid is None else score_rule.query_weights(valid, self.settings.score_decay)
         torch.ops.fsdc.accumulate_scores_(_first(self.scores, T + 1), weights, *votes)
         if self.settings.redundancy > 0:
-            cosine = likeness[:, :, 0, :T] * self.key_scales[:, :, :T]
+            cosine = likeness[..., :T] * self.key_scales[:, :, :T]
             cosine = cosine if valid is None else cosine.masked_fill_(~valid[:, None], 0.0)
             self.redundancy[:, :, :T].clamp_(min=cosine.float())  # of the older tokens; pads change nothing
         self.seen += 1 if valid is None else valid.sum(-1, dtype=torch.int32)
