@@ -49,6 +49,21 @@ def truncate() -> str:
     )
 
 
+def generate() -> str:
+    """Time per token of whole generate(), ours and stock, as the text grows."""
+    result = _read("generate_cpu")
+    machine, rows = result["machine"], []
+    for name, case in result["cases"].items():
+        for point in case["lengths"]:
+            stock, ours = (taken["median_us"] / 1e3 for taken in point["times_per_token"].values())
+            ratio = f"{point['of_stock']:.2f}x stock"
+            first = f"{name}, C={case['cache_size']}" if point is case["lengths"][0] else ""
+            rows.append([first, f"{point['tokens_seen']}", f"{stock:.2f}", f"{ours:.2f}", ratio])
+    where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}"
+    head = ["model", "tokens seen", "full cache", "fixed size", ""]
+    return _table(head, rows) + f"\n\nMedians of both taking turns; {where}."
+
+
 def demo() -> str:
     """Recall of the demonstration."""
     result = _read("demo")

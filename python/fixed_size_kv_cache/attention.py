@@ -23,9 +23,13 @@ class LogitRule(NamedTuple):
     softcap: float | None = None
     sinks: Tensor | None = None  # [Hq]: in the denominator of the softmax, without a value and without a vote
 
+    def scaled(self, query: Tensor) -> Tensor:
+        """Queries are scaled before the product with the keys: afterwards float16 may have overflown."""
+        return query * self.scaling
+
     def logits(self, products: Tensor) -> Tensor:
-        logits = products * self.scaling
-        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+        """Of scaled queries with keys."""
+        return products if self.softcap is None else (products / self.softcap).tanh() * self.softcap
 
 
 class Skipped(NamedTuple):
@@ -46,7 +50,7 @@ class Skipped(NamedTuple):
 
 
 def softmax(
-    products: Tensor,  # [B, H, G, Q, S], q @ k
+    products: Tensor,  # [B, H, G, Q, S], of scaled queries with the keys
     query: Tensor,  # [B, Hq, Q, D]
     visible: Tensor | None,  # bool, broadcast to [B, H, Q, S]
     rule: LogitRule,
@@ -64,7 +68,7 @@ def softmax(
         logits = logits.masked_fill(~visible[:, :, None], float("-inf"))
     if skipped is not None:
         key, _, bias = skipped.entry()
-        grouped = query.to(key.dtype).reshape(*products.shape[:4], -1)
+        grouped = rule.scaled(query.to(key.dtype)).reshape(*products.shape[:4], -1)
         extra = rule.logits(grouped @ key[:, :, None, :, None]) + bias[..., None, None, None]
         logits = torch.cat([logits.to(wide), extra.to(wide)], dim=-1)
     if rule.sinks is not None:
@@ -82,7 +86,7 @@ def softmax(
 
 def attend_with_weights(
     query: Tensor,  # [B, Hq, Q, D]
-    products: Tensor,  # [B, H, G * Q, S], q @ k
+    products: Tensor,  # [B, H, G * Q, S], of scaled queries with the keys
     values: Tensor,  # [B, H, S, D]
     visible: Tensor | None,  # bool, broadcast to [B, H, Q, S]
     rule: LogitRule,
@@ -109,10 +113,10 @@ def attend_with_weights(
     return output, weights.reshape(B, Hq, Q, S), lost
 
 
-def products_of(query: Tensor, keys: Tensor) -> Tensor:
-    """``q @ k`` of query heads ``[B, Hq, Q, D]`` with the keys ``[B, H, S, D]`` of their group, ``[B, H, GQ, S]``."""
+def products_of(query: Tensor, keys: Tensor, rule: LogitRule) -> Tensor:
+    """Of scaled query heads ``[B, Hq, Q, D]`` with the keys ``[B, H, S, D]`` of their group, ``[B, H, GQ, S]``."""
     B, H, D = keys.shape[0], keys.shape[1], keys.shape[3]
-    return query.reshape(B, H, -1, D) @ keys.mT
+    return rule.scaled(query).reshape(B, H, -1, D) @ keys.mT
 
 
 def attend(
@@ -138,7 +142,7 @@ def attend(
         if plain:
             outputs.append(_attend_as_torch_does(*block, visible, rule.scaling, visibility.has_pads))
         else:
-            products = products_of(*block[:2])
+            products = products_of(*block[:2], rule)
             outputs.append(attend_with_weights(block[0], products, block[2], visible, rule, skipped)[0])
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 

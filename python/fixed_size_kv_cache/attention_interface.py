@@ -97,7 +97,7 @@ def _attend_elsewhere(
     else:
         visible = mask if mask is None or mask.dtype == torch.bool else mask == 0
     visible = None if visible is None else visible[..., :S]
-    output, _, _ = attend_with_weights(query, products_of(query, key), value, visible, rule)
+    output, _, _ = attend_with_weights(query, products_of(query, key, rule), value, visible, rule)
     return output.transpose(1, 2).contiguous()
 
 

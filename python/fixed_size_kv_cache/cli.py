@@ -100,12 +100,14 @@ def _prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> 
         raise typer.BadParameter("give one prompt: --prompt TEXT, --prompt-file FILE, or - for standard input")
     if prompt is not None:
         return prompt
-    if stdin == "-" or str(prompt_file) == "-":
-        return sys.stdin.read()
     try:
-        return prompt_file.read_text()
+        if stdin == "-" or str(prompt_file) == "-":
+            return sys.stdin.buffer.read().decode()
+        return prompt_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"--prompt-file {prompt_file}: {error}") from error
+        raise typer.BadParameter(
+            f"the prompt cannot be read from {prompt_file or 'standard input'}: {error}"
+        ) from error
 
 
 def _quiet() -> None:

@@ -33,7 +33,7 @@ def add_column_sums_(
         stop = min(start + QUERY_BLOCK, Q)
         columns, visible = visibility.of_block(start, stop, keys.device)
         block = query[:, :, start:stop]
-        products = products_of(block, keys[:, :, :columns]).view(B, H, Hq // H, stop - start, columns)
+        products = products_of(block, keys[:, :, :columns], rule).view(B, H, Hq // H, stop - start, columns)
         weights, to_entry = softmax(products, block, visible, rule, skipped)
         torch.ops.fsdc.accumulate_scores_(
             scores[:, :, :columns],

@@ -114,13 +114,13 @@ class FixedSizeDynamicCache(BaseCache):
 
     def _check_columns(self, layer_idx: int, Q: int) -> None:
         """A forward that broke off between layers left some of them a step behind."""
-        first, layer = self.layers[0], self.layers[layer_idx]
-        if layer is first or not isinstance(first, FixedSizeLayer) or first.staged is not None:
+        first, layer = next(x for x in self.layers if isinstance(x, FixedSizeLayer)), self.layers[layer_idx]
+        if layer is first or first.staged is not None:
             return
         ahead, expected = first.get_seq_length(), layer.get_seq_length() + Q
         if ahead and ahead != expected:
             raise RuntimeError(
-                f"update: layer {layer_idx} must have seen as many tokens as layer 0, {ahead} with this "
+                f"update: layer {layer_idx} must have seen as many tokens as the layers before it, {ahead} with this "
                 f"step; got {expected}; a forward broke off between layers: call reset() to begin anew"
             )
 
@@ -163,11 +163,18 @@ class FixedSizeDynamicCache(BaseCache):
                 layer.activate_past_recording()
 
     def stop_past_recording(self) -> None:
-        """The next step evicts again."""
+        """What was recorded stays, and is evicted down to the size."""
         self.record_past = False
         for layer in self.layers:
-            if hasattr(layer, "record_past"):
+            if isinstance(layer, FixedSizeLayer):
                 layer.record_past = False
+                if layer.staged is None:
+                    layer.crop(0)
+
+    def reset(self) -> None:
+        """Forgets all tokens and keeps the buffers. A step that broke off, or recording, ends with it too."""
+        self.record_past = False
+        super().reset()
 
     def allow_compilation(self, allowed: bool) -> None:
         """Whether generate() may compile the decode step where it compiles those of static caches."""

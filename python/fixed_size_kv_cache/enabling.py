@@ -17,10 +17,12 @@ __all__ = ["Enabled", "as_default", "disable", "enable"]
 
 
 class Enabled(contextlib.AbstractContextManager):
-    """What ``enable`` returns. As a context manager it disables the model at the end, unless another came after it."""
+    """What ``enable`` returns. As a context manager it restores at the end what was before, ``enable`` included, unless
+    another came after it."""
 
-    def __init__(self, model: Any, settings: FixedSizeCacheConfig, prefill_chunk_size: int) -> None:
+    def __init__(self, model: Any, settings: FixedSizeCacheConfig, prefill_chunk_size: int, previous: Any) -> None:
         self.model, self.settings, self.prefill_chunk_size = model, settings, prefill_chunk_size
+        self.previous = previous
         self.original = text_config(model.config)._attn_implementation
 
     def disable(self) -> None:
@@ -30,7 +32,11 @@ class Enabled(contextlib.AbstractContextManager):
             set_implementation(text_config(self.model.config), self.original)
 
     def __exit__(self, *error: Any) -> None:
+        is_current = generation.enabled(self.model) is self
         self.disable()
+        if is_current and self.previous is not None:
+            set_implementation(text_config(self.model.config), NAME)
+            setattr(self.model, generation.MARK, self.previous)
 
     def __repr__(self) -> str:
         return f"Enabled({type(self.model).__name__}, cache_size={self.settings.cache_size})"
@@ -69,6 +75,7 @@ def enable(
         NotImplementedError: for a model whose cache cannot be capped, with the reason.
 
     Example:
+        >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> config = LlamaConfig(
         ...     vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -89,8 +96,9 @@ def enable(
     check_config(model.config)
     check_model(model)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
+    previous = generation.enabled(model)
     disable(model)
-    handle = Enabled(model, made, chunk)
+    handle = Enabled(model, made, chunk, previous)
     if any(isinstance(layer, FixedSizeLayer) for layer in cache.layers):
         set_implementation(text_config(model.config), NAME)
     else:
@@ -116,6 +124,7 @@ class Default(contextlib.AbstractContextManager):
     def __init__(self, settings: FixedSizeCacheConfig, prefill_chunk_size: int | None) -> None:
         self.settings, self.prefill_chunk_size = settings, prefill_chunk_size
         self.handles: list[Enabled] = []
+        self.previous = generation.DEFAULT.enable
         generation.DEFAULT.enable = self._enable
 
     def _enable(self, model: Any) -> None:
@@ -129,7 +138,10 @@ class Default(contextlib.AbstractContextManager):
             self.handles.pop().disable()
 
     def __exit__(self, *error: Any) -> None:
+        is_current = generation.DEFAULT.enable == self._enable
         self.disable()
+        if is_current:
+            generation.DEFAULT.enable = self.previous
 
 
 def as_default(

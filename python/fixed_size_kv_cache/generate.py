@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fsdc generate``: text from any decoder-only model, with a cache of fixed size."""
 
+import inspect
 import json
 import sys
 import time
@@ -16,10 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
-from ._compat import stock_contents
+from ._compat import DynamicLayer
+from ._versions import OLDEST_INTERFACE, has_interface
 from .dynamic_cache import FixedSizeDynamicCache
-from .enabling import enable
+from .layer import FixedSizeLayer
 from .recall import MODEL
+from .settings import FixedSizeCacheConfig
 
 CHUNK = 512  # tokens of a prompt that are read at a time, at least
 
@@ -57,17 +60,19 @@ def load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     if name is not None and Path(name).is_dir() and not (Path(name) / "config.json").exists():
         raise Refused(f"--model must be a folder with a config.json or a name on the Hub; {name} has no config.json")
     try:
+        torch.zeros(1).to(device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Refused(f"--device {device}: {str(error).strip()}") from error
+    try:
         config = AutoConfig.from_pretrained(where)
         if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
             raise Refused(f"--model must be a decoder-only language model; {where} is {config.model_type}")
         tokenizer = AutoTokenizer.from_pretrained(where)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype).eval()
-    except (OSError, ValueError) as error:
+        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype).to(device).eval(), tokenizer
+    except Refused:
+        raise
+    except Exception as error:  # missing, damaged, unreachable, too large: transformers has no common class for them
         raise Refused(f"--model {where}: {str(error).strip()}") from error
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise Refused(f"--device {device}: {str(error).strip()}") from error
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool, embedded: bool) -> Tensor:
@@ -76,7 +81,10 @@ def encode(tokenizer: Any, prompt: str, chat: bool, embedded: bool) -> Tensor:
         if not getattr(tokenizer, "chat_template", None):
             raise Refused("--chat needs a model with a chat template; this tokenizer has none")
         turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        try:
+            prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # whatever the template says
+            raise Refused(f"--chat: the chat template refuses this turn: {error}") from error
     elif embedded:
         prompt = f"{tokenizer.bos_token} {prompt}"
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).input_ids
@@ -115,17 +123,20 @@ def write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, max_new_tokens: i
 
 
 def account(cache: Any) -> tuple[int, int, int, int]:
-    """Tokens seen, the most that a layer holds, the bytes of what is held, and the bytes if nothing were evicted."""
+    """Tokens seen, the most that a layer that could grow holds, and the bytes of keys and values: now, and if nothing
+    were evicted. Layers with a window, or without keys, are the same in both."""
     seen, held, now, full = cache.get_seq_length(), 0, 0, 0
-    if isinstance(cache, FixedSizeDynamicCache):
-        contents = zip(cache.key_cache, cache.value_cache, strict=True)
-    else:
-        contents = stock_contents(cache)
-    for pair in contents:
-        held = max(held, pair[0].shape[2])
-        for x in pair:
-            now += x.numel() * x.element_size()
-            full += x.numel() * x.element_size() // x.shape[2] * seen
+    for layer in cache.layers:
+        own = isinstance(layer, FixedSizeLayer)
+        pair = layer.held() if own else (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if pair[0] is None or pair[0].numel() == 0:
+            continue
+        count = sum(x.numel() * x.element_size() for x in pair)
+        now += count
+        if own or type(layer) is DynamicLayer:
+            held = max(held, pair[0].shape[2])
+            count = count // pair[0].shape[2] * seen
+        full += count
     return seen, held, now, full
 
 
@@ -150,10 +161,12 @@ def _read(model: Any, ids: Tensor, cache: Any) -> None:
     chunk = CHUNK
     if isinstance(cache, FixedSizeDynamicCache):
         chunk = max(chunk, cache.settings.cache_size)
+    can_skip = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if can_skip else {}  # nobody looks at the logits of a prompt
     with progress(ids.shape[1], hidden=ids.shape[1] <= chunk) as advance:
         for part in ids.split(chunk, dim=1):
             if part.shape[1]:
-                model(part, past_key_values=cache, use_cache=True)
+                model(part, past_key_values=cache, use_cache=True, **last_only)
                 advance(part.shape[1])
 
 
@@ -183,17 +196,23 @@ def run(
     Raises:
         Refused: for what cannot be done.
     """
-    model, tokenizer = load(name, dtype, device)
-    ids = encode(tokenizer, prompt, chat, embedded=name is None)
-    full = None
-    if compare:
-        full = write(model, tokenizer, ids, DynamicCache(), max_new_tokens, show=False)
+    if not has_interface():
+        raise Refused(f"fsdc generate needs transformers>={OLDEST_INTERFACE}; before that use the recipe for LLaMA")
+    from .enabling import enable
+
     try:
-        enable(model, cache_size=cache_size)
-        cache = FixedSizeDynamicCache(config=model.config, cache_size=cache_size)
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        settings = FixedSizeCacheConfig(cache_size=cache_size)
+        model, tokenizer = load(name, dtype, device)
+        ids = encode(tokenizer, prompt, chat, embedded=name is None)
+        with enable(model, settings=settings):
+            cache = FixedSizeDynamicCache(config=model.config, settings=settings)
+            ours = write(model, tokenizer, ids, cache, max_new_tokens, show=not as_json)
+        full = None
+        if compare:
+            stock = DynamicCache(config=model.config)
+            full = write(model, tokenizer, ids, stock, max_new_tokens, show=False)
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise Refused(str(error)) from error
-    ours = write(model, tokenizer, ids, cache, max_new_tokens, show=not as_json)
     parts = parting(ours.tokens, full.tokens) if full else None
     if as_json:
         facts = {"model": name or "embedded", "cache_size": cache_size, "prompt_tokens": ids.shape[1], **vars(ours)}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where generate() of transformers makes its cache: the place at which an enabled model gets one of ours.
 
-Importing puts one hook before ``GenerationMixin._prepare_cache_for_generation``. It does nothing for models that are
-neither enabled nor of the attention implementation "fsdc".
+Importing puts one hook after ``GenerationMixin._prepare_cache_for_generation``, which does nothing for models that are
+neither enabled nor of the attention implementation "fsdc", and one after ``_assisted_decoding``, for our caches only.
 """
 
 import functools
@@ -66,7 +66,7 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
             f"DynamicCache; got a {type(cache).__name__}; {REMEDY}, or call disable(model)"
         )
     else:
-        adoption.adopt_empty(cache, model.config, _handle(model).settings)
+        adoption.adopt_empty(cache, model.config, _settings(model))
     assisted = is_assisted(generation_config, arguments)
     if assisted:
         cache.activate_past_recording()
@@ -76,21 +76,18 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
     _choose_chunks(model, generation_config, model_kwargs, assisted)
 
 
-def _handle(model: Any) -> Any:
-    """Of an enabled model, or one for this call where only the attention was set."""
+def _settings(model: Any) -> FixedSizeCacheConfig:
+    """Of an enabled model, or from the environment where only the attention was set."""
     handle = enabled(model)
     if handle is not None:
-        return handle
-    from .enabling import Enabled
-
+        return handle.settings
     if CACHE_SIZE not in os.environ:
         raise RuntimeError(
             f'generate: a model with attn_implementation="{NAME}" must be told the size of its cache; call '
             f"enable(model, cache_size=...), set {CACHE_SIZE}, or pass past_key_values=FixedSizeDynamicCache("
             "config=model.config, cache_size=...)"
         )
-    settings = FixedSizeCacheConfig()
-    return Enabled(model, settings, max(512, settings.cache_size))
+    return FixedSizeCacheConfig()
 
 
 def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assisted: bool) -> None:
@@ -107,12 +104,13 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
                 "transformers"
             )
         return
-    handle = enabled(model)
+    handle, cache_size = enabled(model), model_kwargs["past_key_values"].settings.cache_size
+    chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
     others = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)} - TEXT_INPUTS
-    if handle is None or naive or assisted or others or generation_config.compile_config is not None:
+    if naive or assisted or others or generation_config.compile_config is not None:
         return  # in one piece
-    if prompt_length(generation_config, model_kwargs) > handle.prefill_chunk_size:
-        generation_config.prefill_chunk_size = handle.prefill_chunk_size
+    if prompt_length(generation_config, model_kwargs) > chunk:
+        generation_config.prefill_chunk_size = chunk
 
 
 def _install() -> None:
@@ -128,6 +126,19 @@ def _install() -> None:
         return result
 
     GenerationMixin._prepare_cache_for_generation = prepare_cache_for_generation
+
+    assisted = GenerationMixin._assisted_decoding
+
+    @functools.wraps(assisted)
+    def assisted_decoding(self: Any, *args: Any, **kwargs: Any):
+        try:
+            return assisted(self, *args, **kwargs)
+        finally:  # from here on tokens stay, and are evicted
+            cache = kwargs.get("past_key_values")
+            if isinstance(cache, FixedSizeDynamicCache):
+                cache.stop_past_recording()
+
+    GenerationMixin._assisted_decoding = assisted_decoding
 
 
 _install()

@@ -6,6 +6,7 @@ only if they are the very tensor that ``update`` returned: keys that were change
 values) belong to no slot.
 """
 
+import threading
 import weakref
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 
-class Handoff:
-    """What the last ``update`` returned, until an attention takes it."""
+class Handoff(threading.local):
+    """What the last ``update`` of this thread returned, until an attention takes it."""
 
     cache: Any = None
     layer_idx: int | None = None

@@ -131,6 +131,11 @@ class FixedSizeLayer(Slots):
                 f"got {self.columns} tokens seen; call activate_past_recording() before these tokens come, as "
                 "generate() of an enabled model does"
             )
+        if self.may_have_holes and not self.is_ordered:  # a compiled step has put tokens into holes
+            raise RuntimeError(
+                "crop: tokens of a padded batch can be taken back only before a compiled step; call "
+                "activate_past_recording() before these tokens come"
+            )
         left = max(0, self.columns - remove)
         self.seen -= (self.positions[:, 0, left : self.columns] >= 0).sum(-1, dtype=torch.int32)
         self.positions[:, :, left:] = -1
@@ -174,7 +179,7 @@ class FixedSizeLayer(Slots):
         stage = self._stage("attention_weights")
         self._read_mask(stage, mask)
         _, visible = self._visibility(stage).of_block(0, stage.queries, self.device)
-        products = attention.products_of(query, stage.all_keys)
+        products = attention.products_of(query, stage.all_keys, rule)
         return attention.attend_with_weights(query, products, stage.all_values, visible, rule, self.skipped)[1]
 
     def _read_mask(self, stage: Stage, mask: Tensor | None) -> None:
@@ -213,7 +218,9 @@ class FixedSizeLayer(Slots):
         new = self._write_facts(stage)
         # The new key is one more query: its products with the keys say how alike they are.
         unit_key = stage.keys * new["key_scales"][..., None].to(self.dtype)
-        products = torch.cat([query.reshape(B, H, -1, D), unit_key], dim=2) @ stage.all_keys.mT  # [B, H, G + 1, T + 1]
+        products = (
+            torch.cat([rule.scaled(query).reshape(B, H, -1, D), unit_key], dim=2) @ stage.all_keys.mT
+        )  # [B, H, G + 1, T + 1]
         visible = None
         if torch.compiler.is_compiling() or stage.valid is not None or self.may_have_holes:
             visible = _first(self.positions, T + 1)[:, :, None] >= 0

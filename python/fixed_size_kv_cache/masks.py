@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ._compat import SHOWS_PADDING_EVERYTHING
 
+BIAS = -1e4  # below it a mask hides a token, in every type
+
 
 class NewTokens(NamedTuple):
     """What a mask says about the new tokens."""
@@ -54,7 +56,7 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
 
     Raises:
         TypeError: for a mask that is not a tensor, such as flex attention's.
-        ValueError: for a tensor of another rank, and for a mask per head.
+        ValueError: for a tensor of another rank, for a mask per head, and for one that weighs tokens.
     """
     if mask is None:
         return NewTokens(None, None)
@@ -72,7 +74,13 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
     if mask.dim() == 2:
         return NewTokens(new.bool().expand(B, Q), None)
     sees = new[:, 0, -Q:].expand(B, Q, Q)
-    sees = sees if sees.dtype == torch.bool else sees == 0
+    if sees.dtype != torch.bool:
+        if Q > 1 and bool(((sees != 0) & (sees > BIAS)).any()):  # not in a decode step: it waits for the device
+            raise ValueError(
+                "attention_mask must be 0 where a token is seen and -inf where not; got other values: a model that "
+                "weighs tokens by its mask cannot be capped; call disable(model)"
+            )
+        sees = sees == 0
     valid = sees.diagonal(dim1=-2, dim2=-1)  # a real token sees itself
     if SHOWS_PADDING_EVERYTHING:
         valid = valid & ~sees.triu(1).any(-1)

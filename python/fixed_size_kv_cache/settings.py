@@ -92,6 +92,9 @@ class FixedSizeCacheConfig:
                 f"sink_tokens + recent_tokens must be at most the {self.slots} tokens that are held; "
                 f"got {self.sink_tokens} + {self.recent_tokens}"
             )
+        for name in ("score_decay", "score_prior", "redundancy"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name} must be a number; got {getattr(self, name)!r}")
         if not 0 < self.score_decay <= 1:
             raise ValueError(f"score_decay must be above 0 and at most 1; got {self.score_decay}")
         if not 0 <= self.score_prior < float("inf"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of one layer: static buffers, and what happens to whole rows and slots of them."""
 
+import copy
 import math
 import weakref
 
@@ -115,8 +116,12 @@ class Slots(DynamicLayer):
         if not self.is_initialized:
             raise RuntimeError("this layer holds nothing yet; run the model first")
         T = self.held_slots
-        if self.skipped is not None:  # slot N is free between steps
-            self.keys[:, :, T] = self.skipped_keys.to(self.dtype)
+        if self.skipped is not None:
+            if self.staged is not None:
+                raise RuntimeError(
+                    "what a layer holds can be seen between steps; got new tokens of a step not yet ended"
+                )
+            self.keys[:, :, T] = self.skipped_keys.to(self.dtype)  # slot N is free between steps
             self.values[:, :, T] = self.skipped_values.to(self.dtype)
             T += 1
         return self.keys[:, :, :T], self.values[:, :, :T]
@@ -137,6 +142,7 @@ class Slots(DynamicLayer):
         for name in ("seen", "columns_on_device", *SKIPPED):
             if hasattr(self, name):
                 getattr(self, name).zero_()
+        self.spans = spans_as_tensor(self.protected_spans, self.seen.shape[0], self.device)  # rows were reordered
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:
@@ -206,6 +212,13 @@ class Slots(DynamicLayer):
             and new.device == old.device
             for new, old in ((keys, self.keys), (values, self.values))
         )
+
+    def __deepcopy__(self, memo: dict) -> "Slots":
+        """Also inside inference mode a copy that can be written to outside of it."""
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        with torch.inference_mode(False):
+            vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "last_returned"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from fixed_size_kv_cache import dynamic_cache, reference
+from fixed_size_kv_cache import dynamic_cache, enabling, reference, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,8 +27,9 @@ def test_readme_code_runs(monkeypatch):
 
 
 def test_docstring_examples():
-    for module, least in ((reference, 4), (dynamic_cache, 5)):
+    for module, least in ((reference, 4), (dynamic_cache, 5), (settings, 1), (enabling, 7)):
         names = {"torch": torch, "FixedSizeDynamicCache": dynamic_cache.FixedSizeDynamicCache}
+        names |= {"enable": enabling.enable, "FixedSizeCacheConfig": settings.FixedSizeCacheConfig}
         result = doctest.testmod(module, extraglobs=names)
         assert result.attempted >= least
         assert result.failed == 0

@@ -236,7 +236,8 @@ def test_one_evicted_token_is_attended_to_as_itself():
 
 def attention(query, keys, values, visible=None, skipped=None):
     skipped = None if skipped is None else Skipped(*skipped)
-    return attend_with_weights(query, products_of(query, keys), values, visible, LogitRule(0.5), skipped)
+    rule = LogitRule(0.5)
+    return attend_with_weights(query, products_of(query, keys, rule), values, visible, rule, skipped)
 
 
 def test_mean_and_sum_of_equal_tokens():

@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config
 from typer.testing import CliRunner
 
 from fixed_size_kv_cache import cli
@@ -104,12 +105,13 @@ def not_models(tmp_path_factory):
         ([], 2, "give one prompt: --prompt TEXT, --prompt-file FILE, or - for standard input"),
         (["--prompt", "a", "-"], 2, "give one prompt"),
         (["the fox"], 2, "the only argument is -, for standard input; got 'the fox'. Use --prompt TEXT"),
-        (["--prompt-file", "/nowhere"], 2, "--prompt-file /nowhere: "),
+        (["--prompt-file", "/nowhere"], 2, "the prompt cannot be read from /nowhere: "),
         (["--prompt", "the", "--max-new-tokens", "0"], 2, "--max-new-tokens"),
         (["--prompt", "the", "--cache-size", "0"], 1, "cache_size must be at least 1; got 0"),
         (["--prompt", "the zebra ."], 1, "the embedded model knows 212 words (fsdc demo shows them); not zebra."),
         (["--prompt", "the", "--chat"], 1, "--chat needs a model with a chat template"),
         (["--prompt", "the", "--device", "moon"], 1, "--device moon: "),
+        (["--prompt", "the", "--device", "meta"], 1, "--device meta: "),
         (["--prompt", "the", "--model", "{}/empty"], 1, "empty has no config.json"),
         (["--prompt", "the", "--model", "{}/t5"], 1, "--model must be a decoder-only language model; "),
     ],
@@ -136,6 +138,40 @@ def test_a_folder_whose_weights_are_missing(folder, tmp_path):
     shutil.copy(f"{folder}/config.json", tmp_path)
     done = run("--prompt", "the", "--model", str(tmp_path))
     assert done.exit_code == 1 and f"fsdc generate: --model {tmp_path}: " in done.stderr
+
+
+def test_damaged_weights_and_templates(folder, tmp_path):
+    for path in Path(folder).iterdir():
+        shutil.copy(path, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    done = run("--prompt", "the", "--model", str(tmp_path))
+    assert done.exit_code == 1 and f"fsdc generate: --model {tmp_path}: " in done.stderr
+    shutil.copy(f"{folder}/model.safetensors", tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('no users, please') }}")
+    config["chat_template"] = "{{ raise_exception('no users, please') }}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    done = run("--prompt", "the", "--model", str(tmp_path), "--chat")
+    assert done.exit_code == 1 and "the chat template refuses this turn: no users, please" in done.stderr
+
+
+def test_standard_input_that_is_no_text():
+    done = CliRunner().invoke(cli.app, ["generate", "-"], input=b"\xff\xfe")
+    assert done.exit_code == 2 and "the prompt cannot be read from" in done.stderr
+
+
+def test_layers_with_windows_and_without_keys(tmp_path):
+    """Only layers that could grow count as capped; the stock cache is that of the model's config."""
+    config = Lfm2Config(
+        vocab_size=212, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=["conv", "full_attention"], bos_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--cache-size", "16", "--prompt", QUESTION, "--max-new-tokens", "20"]
+    found = json.loads(run(*arguments, "--json", "--compare").stdout)
+    assert found["tokens_held"] == 16 and found["tokens_seen"] == 41
+    assert found["full_cache_bytes"] == 41 * found["cache_bytes"] // 16 == found["full_cache"]["cache_bytes"]
 
 
 def test_interrupt(folder):

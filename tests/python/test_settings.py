@@ -45,6 +45,8 @@ def test_an_unknown_setting_is_refused():
         ),
         (dict(sink_tokens=-1), ValueError, "sink_tokens must be at least 0; got -1"),
         (dict(score_decay=0.0), ValueError, "score_decay must be above 0 and at most 1; got 0.0"),
+        (dict(score_decay="x"), TypeError, "score_decay must be a number; got 'x'"),
+        (dict(redundancy=None), TypeError, "redundancy must be a number; got None"),
         (dict(score_prior=-0.1), ValueError, "score_prior must be at least 0 and finite; got -0.1"),
         (dict(score_prior=math.nan), ValueError, "score_prior must be at least 0 and finite; got nan"),
         (dict(score_decay=math.nan), ValueError, "score_decay must be above 0"),
