@@ -2,8 +2,8 @@
 // Timing kernels on a GPU with a cold cache. Google Benchmark counts and reports, the GPU's own events measure.
 //
 // Two ways: calls captured in a graph, over as many copies of the data as exceed the L2 three times, so that what a
-// call reads has been evicted since its last turn, and no launch is waited for; and single eager calls after the L2 has
-// been overwritten, with the launch.
+// call reads has been evicted since its last turn, and no launch is waited for; and single eager calls on an idle GPU
+// after the L2 has been overwritten, with the launch.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -159,6 +159,7 @@ inline void time_eagerly(benchmark::State& state, double bytes_per_call, const L
   launch(0, nullptr);
   for (auto _ : state) {
     check(cudaMemsetAsync(flushed.data(), 1, flush_bytes, nullptr));
+    check(cudaStreamSynchronize(nullptr));  // or the launch would hide behind the flush
     state.SetIterationTime(events.seconds(nullptr, [&] { launch(0, nullptr); }));
   }
   report(state, bytes_per_call);

@@ -129,6 +129,7 @@ def measure(rows: int, S: int, C: int, rounds: int, copy: float) -> dict[str, ob
             graph, count = graphs[name]
             graphed[name].append(microseconds(graph.replay) / count)
             flushed.fill_(1)
+            torch.cuda.synchronize()  # or launches would hide behind the flush
             eager[name].append(microseconds(lambda call=call: call(*data[0])))
     times = {name: {"graph": summary(graphed[name]), "eager": summary(eager[name])} for name in calls}
     ours = times["fsdc.truncate"]

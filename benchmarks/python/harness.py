@@ -7,6 +7,7 @@ Machines are noisy, so contenders take turns within one process and only their r
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -76,8 +77,9 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return asked.stdout.strip() or "unknown"
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return said or os.environ.get("FSDC_COMMIT", "unknown")
 
 
 def write(path: Path, result: dict[str, object]) -> None:

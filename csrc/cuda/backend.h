@@ -31,6 +31,7 @@ class CudaBackend {
  private:
   static void check(const char* op, cudaError_t error) {
     if (error == cudaSuccess) return;
+    (void)cudaGetLastError();  // it is told here: whoever asks CUDA next must not hear it as his own
     throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 

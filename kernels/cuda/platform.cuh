@@ -41,13 +41,25 @@ using SharedType = T;  // lets the macro declare arrays: FSDC_SHARED(sums, float
 
 namespace fsdc::cuda {
 
+// Beyond 48 KiB, static included, shared memory must be asked for, once per kernel and device. Always for all there is:
+// were it for what one launch takes, another host thread could lower it between asking and launching.
+template <class Kernel>
+cudaError_t allow_all_shared_memory(Kernel* kernel) {
+  int device = 0, bytes = 0;
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              bytes - static_cast<int>(attributes.sharedSizeBytes));
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
                    const Arguments&... arguments) {
-  if (grid.shared_bytes > 0) {  // beyond 48 KiB, static included, it must be asked for
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes));
-    if (error != cudaSuccess) return error;
+  if (grid.shared_bytes > 0) {
+    if (const cudaError_t error = allow_all_shared_memory(kernel); error != cudaSuccess) return error;
   }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid.blocks);

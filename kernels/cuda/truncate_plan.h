@@ -65,8 +65,11 @@ inline TruncatePlan plan_truncate(const TruncateParams& params, const Device& de
   return plan;
 }
 
-// Weights are summed on the way in where each is then read once. Not together with a skipped entry: that would double
-// the number of kernels for a case that reads all keys and values anyway.
+// Weights are summed on the way in where each is then read once: with one cluster per row. Where rows are so few that
+// several share the copying, a launch of its own sums them; which of the two is faster there nobody has measured. Nor
+// does the plan count the bytes of the weights: many queries, few rows and few kept tokens leave them to few blocks.
+// Not together with a skipped entry: that would double the number of kernels for a case that reads all keys and values
+// anyway.
 inline bool can_sum_weights(const TruncateParams& params, const TruncatePlan& plan) {
   return plan.keys_on_chip && plan.clusters_per_row == 1 && !params.has_skipped;
 }

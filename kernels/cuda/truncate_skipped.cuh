@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry of the skipped tokens of one row: their sum, in the order that ../truncate.h prescribes.
+// That order is also the ceiling: a row has as many runs at a time as there are segments times columns, whatever the
+// blocks. With few rows and narrow heads most threads of a block walk nothing, and latency, not bandwidth, decides. Not
+// measured.
 #pragma once
 
 #include "element.cuh"

@@ -125,12 +125,11 @@ TEST_CASE("truncate: nothing to do, or nothing to compare") {
 
 TEST_CASE("truncate: the sums of attention weights instead of scores") {
   const DType weights = GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64);
-  const int order = generate_order();
+  generate_order();
   for (const int64_t tokens : {1, 15, 100, 300, 700}) {
     TruncateCase which{.batch = 2, .heads = 2, .tokens = tokens, .kept = std::max<int64_t>(tokens / 3, 1)};
     which.weights = {.is_used = true, .dtype = weights, .group = 3, .queries = 2};
     for (uint32_t cluster = 1; cluster <= most_in_cluster(); cluster *= 2) {
-      if (!is_fast() && order % 4 != int(cluster) % 3) continue;
       which.plan = {cluster, 1, true};
       check_truncate(which, truncate_on_cpu(which));
     }

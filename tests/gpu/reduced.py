@@ -35,6 +35,11 @@ def main() -> None:
         wanted = reference.truncate(keys.cpu(), values.cpu(), weights.cpu(), S // 3, include_skipped=skipped)
         assert_all_same_bits([x.cpu() for x in actual], wanted)
         cases += 1
+    # Two rows too long for the memory of a cluster: their scores are read again in each pass.
+    keys, scores = rows(1, 2, 500_000, 1, torch.bfloat16, "cuda"), torch.rand(1, 2, 500_000, device="cuda")
+    actual = torch.ops.fsdc.truncate(keys, keys, scores, 100)
+    assert_all_same_bits([x.cpu() for x in actual], reference.truncate(keys.cpu(), keys.cpu(), scores.cpu(), 100))
+    cases += 1
     print(f"{cases} cases agree")
 
 

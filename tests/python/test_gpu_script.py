@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """tests/gpu/run, as far as it goes without a GPU."""
 
+import json
+import os
 import subprocess
 import sys
+import time
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -67,6 +70,79 @@ def test_a_part_passes_fails_or_is_skipped(script, tmp_path):
     assert (slow["status"], slow["failure"], slow["said"]) == ("failed", "longer than 2 s", ["1"])
     skipped = script.run_part(part("print('one')", needs=("no-such-program", "NoSuchPackage.cmake")), None)
     assert skipped == {"status": "skipped", "reason": "no-such-program, NoSuchPackage not found"}
+    gone = script.run_part(script.Part([["/no/such/program"]], 60), None)
+    assert gone["status"] == "failed" and gone["failure"].startswith("FileNotFoundError")
     result = tmp_path / "figures.json"
+    result.write_text("[5]")  # of an earlier run
+    lost = script.run_part(part("print('one')", result=result), None)
+    assert lost["status"] == "failed" and lost["failure"].startswith("FileNotFoundError")
     with_figures = script.run_part(part(f"open({str(result)!r}, 'w').write('[7]')", result=result), None)
     assert with_figures["figures"] == [7]
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="there is no /proc")
+def test_what_a_command_started_ends_with_it(script, tmp_path):
+    pid = tmp_path / "pid"
+    code = (
+        f"import subprocess; p = subprocess.Popen(['sleep', '60']); open({str(pid)!r}, 'w').write(str(p.pid)); p.wait()"
+    )
+    start = time.monotonic()
+    assert script.run_part(script.Part([[sys.executable, "-c", code]], 3), None)["failure"] == "longer than 3 s"
+    assert time.monotonic() - start < 30  # the child of the child holds the pipe
+    for _ in range(50):
+        if not alive(pid.read_text()):
+            return
+        time.sleep(0.1)
+    pytest.fail("the child of the child lives")
+
+
+def test_the_deadline_cuts_every_limit(script):
+    part = script.Part([[sys.executable, "-c", "import time; time.sleep(60)"]], 50)
+    cut = script.run_part(part, None, time.monotonic() + 1)
+    assert (cut["status"], cut["failure"]) == ("failed", "longer than 1 s")
+    late = script.run_part(part, None, time.monotonic())
+    assert late == {"status": "skipped", "reason": "no time left (--seconds)"}
+
+
+def test_commands_find_the_toolkit_and_the_callers_packages(script, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "/callers/packages")
+    code = "import os, shutil; print(shutil.which('nvcc'), os.environ['PYTHONPATH'])"
+    part = script.Part([[sys.executable, "-c", code]], 60, needs=("nvcc",))
+    said = script.run_part(part, None)["said"]
+    assert said == [f"{tmp_path}/bin/nvcc {script.ROOT}/python{os.pathsep}/callers/packages"]
+
+
+def test_the_result_is_written_after_every_part(script, tmp_path, monkeypatch):
+    path, seen = tmp_path / "new" / "folder" / "gpu.json", []
+
+    def run_part(part, prefix, deadline):
+        seen.append(list(json.loads(path.read_text())["parts"]) if path.exists() else [])
+        return {"status": "passed"}
+
+    monkeypatch.setattr(script, "gpu", lambda: {"gpu": "a GPU", "compute_capability": "9.0"})
+    monkeypatch.setattr(script, "run_part", run_part)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["run", "--json", str(path)])
+    assert script.main() == 0
+    names = list(script.parts("9.0", None))
+    assert seen == [names[:i] for i in range(len(names))]
+    assert list(json.loads(path.read_text())["parts"]) == names
+
+
+def test_dry_run_without_torch_or_programs():
+    for_none = {**os.environ, "PATH": "", "CUDA_HOME": "/nowhere"}
+    code = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, SCRIPT, "--dry-run"], capture_output=True, text=True, env=for_none
+    )
+    assert ran.returncode == 0 and "Traceback" not in ran.stderr
+    assert "has no torch" in ran.stderr
+    assert "cmake, Catch2 not found" in ran.stdout or "cmake not found" in ran.stdout

@@ -36,6 +36,7 @@ const std::map<std::string, std::function<void()>> kBugs = {
      [] {
        run_grid({.blocks = 2, .threads = 32, .cluster = 2}, [] {
          FSDC_SHARED(values, int[32]);
+         cluster_sync();
          if (simt::cluster_rank() == 0) cluster_map(&values[0], 1)[threadIdx.x + 1] = 1;
          cluster_sync();
        });
@@ -52,6 +53,7 @@ const std::map<std::string, std::function<void()>> kBugs = {
        run_grid({.blocks = 2, .threads = 1, .cluster = 2}, [&seen] {
          FSDC_SHARED(value, int);
          value = 1;
+         cluster_sync();
          const int* const of_first = cluster_map(&value, 0);
          cluster_sync();
          if (simt::cluster_rank() == 1) seen = *of_first;

@@ -39,6 +39,7 @@ void release(Barrier& barrier, Fiber::State state, std::span<const std::unique_p
     race::checker->synchronize(numbers);
   }
   barrier.waiting = 0;
+  if (state == Fiber::State::kAtClusterBarrier) blocks[0]->cluster->all_have_started = true;
   for (const auto& block : blocks) {
     for (const auto& thread : block->threads) {
       if (thread->state == state) wake(*thread);
@@ -149,6 +150,9 @@ void* map_shared(const void* address, unsigned rank, Site site) {
   Block& block = *self().block;
   if (rank >= cluster_size()) fail(site, "rank %u in a cluster of %u", rank, cluster_size());
   Block& peer = *block.cluster->blocks[rank];
+  if (&peer != &block && !block.cluster->all_have_started) {  // on a GPU it may not run yet, and has no memory then
+    fail(site, "the block of rank %u may not have started: no barrier of the cluster came before", rank);
+  }
   if (peer.alive == 0) fail(site, "the block of rank %u has exited: its shared memory is gone", rank);
   const char* const byte = static_cast<const char*>(address);
   const auto is_in = [byte](const Memory& memory) {

@@ -4,8 +4,9 @@
 // (-fsanitize=thread, race_hooks.cpp), the runtime the barriers.
 //
 // Each thread counts its epochs, a new one at every barrier, and knows of each other thread up to which epoch all that
-// it did is past. A barrier is everybody learning what anybody knew. Of each byte the last write, the last atomic and
-// the last two reads are remembered: of three reads that nothing orders, one may escape a later write.
+// it did is past. A barrier is everybody learning what anybody knew. Of each byte the last write, the last two
+// atomics and the last two reads are remembered: of three reads or atomics that nothing orders, one may escape what
+// comes later.
 #include "race.h"
 
 #include <algorithm>
@@ -33,7 +34,7 @@ struct Access {
 
 struct Byte {
   Access write;
-  Access atomic;  // apart: an atomic by the thread that wrote would hide the write from atomics of others
+  std::array<Access, 2> atomics;  // apart: an atomic by the thread that wrote would hide the write from others' atomics
   std::array<Access, 2> reads;
 };
 
@@ -121,28 +122,39 @@ class RaceChecker final : public Checker {
     for (size_t i = 0; i < bytes; ++i) {
       Byte& byte = byte_at(address + i);
       if (races(byte.write, now)) report(byte.write, "write", now, is_write, address + i);
-      if (races(byte.atomic, now)) report(byte.atomic, "atomic", now, is_write, address + i);
+      for (const Access& atomic : byte.atomics) {
+        if (races(atomic, now)) report(atomic, "atomic", now, is_write, address + i);
+      }
       if (is_write) {
         for (const Access& read : byte.reads) {
           if (races(read, now)) report(read, "read", now, is_write, address + i);
         }
         if (is_atomic) {
-          byte.atomic = now;
+          remember(byte.atomics, now);
         } else {
-          byte = {.write = now, .atomic = {}, .reads = {}};
+          byte = {.write = now, .atomics = {}, .reads = {}};
         }
       } else {
-        if (byte.reads[0].thread != running_ && races(byte.reads[0], now)) byte.reads[1] = byte.reads[0];
-        byte.reads[0] = now;
+        remember(byte.reads, now);
       }
     }
   }
 
  private:
   bool races(const Access& before, const Access& now) const {
-    if (before.thread == Access::kNobody || before.thread == running_ || (before.is_atomic && now.is_atomic))
-      return false;
+    return !(before.is_atomic && now.is_atomic) && is_unordered(before);
+  }
+
+  bool is_unordered(const Access& before) const {
+    if (before.thread == Access::kNobody || before.thread == running_) return false;
     return (*threads_[running_].knows)[before.thread] < before.epoch;
+  }
+
+  // The last one, and before it one of another thread that is no more past than the last: otherwise the thread that
+  // came last would hide the others from itself.
+  void remember(std::array<Access, 2>& last_two, const Access& now) const {
+    if (is_unordered(last_two[0])) last_two[1] = last_two[0];
+    last_two[0] = now;
   }
 
   void report(const Access& before, const char* before_did, const Access& now, bool is_write, uintptr_t address) const {

@@ -71,6 +71,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Block>> blocks;
   unsigned alive = 0;
   Barrier barrier;
+  bool all_have_started = false;  // known from the first barrier on
 };
 
 // The running thread, and back to the scheduler until it can run again.

@@ -58,9 +58,18 @@ TEST_CASE("clusters: a barrier waits for every block, but not for those that hav
 
 TEST_CASE("clusters: misuse is an error") {
   in_every_order([] {
-    const std::string rank = line(3);
+    const std::string early = line(3);
+    const std::string too_early = error_of({.blocks = 2, .threads = 32, .cluster = 2}, [] {
+      FSDC_SHARED(value, int);
+      *cluster_map(&value, 1 - cluster_rank()) = 1;
+      cluster_sync();
+    });
+    CHECK_THAT(too_early, ContainsSubstring("may not have started") && ContainsSubstring(early));
+
+    const std::string rank = line(4);
     const std::string out_of_range = error_of({.blocks = 4, .threads = 32, .cluster = 4}, [] {
       FSDC_SHARED(value, int);
+      cluster_sync();
       *cluster_map(&value, cluster_rank() + 1) = 1;
       cluster_sync();
     });
@@ -71,7 +80,7 @@ TEST_CASE("clusters: misuse is an error") {
 
     const std::string not_shared = error_of({.blocks = 2, .threads = 1, .cluster = 2}, [] {
       int local = 0;
-      cluster_map(&local, 0);
+      cluster_map(&local, cluster_rank());
     });
     CHECK_THAT(not_shared, ContainsSubstring("not in the shared memory of the calling block"));
 
@@ -97,10 +106,11 @@ TEST_CASE("clusters: misuse is an error") {
 TEST_CASE("clusters: the memory of a block that has exited is gone") {
   const KeepOptions keep;
   int seen = 0;
-  const std::string mapped_late = line(5);
+  const std::string mapped_late = line(6);
   const std::string late = error_of({.blocks = 2, .threads = 1, .cluster = 2}, [&] {
     FSDC_SHARED(value, int);
     value = 5;
+    cluster_sync();
     if (cluster_rank() == 0) return;
     seen = *cluster_map(&value, 0);
   });
@@ -110,6 +120,7 @@ TEST_CASE("clusters: the memory of a block that has exited is gone") {
   run_grid({.blocks = 2, .threads = 1, .cluster = 2}, [&] {
     FSDC_SHARED(value, int);
     value = 5;
+    cluster_sync();
     const int* const mapped_early = cluster_map(&value, 0);
     cluster_sync();
     if (cluster_rank() == 0) return;

@@ -157,6 +157,20 @@ TEST_CASE("races: an atomic does not hide a write of the same thread") {
   });
 }
 
+TEST_CASE("races: an atomic does not hide those of others from the thread that came last") {
+  in_every_order([] {
+    int out = 0;
+    const std::string error = error_of({.blocks = 1, .threads = 64}, [&] {
+      FSDC_SHARED(sum, int);
+      if (threadIdx.x == 0) sum = 0;
+      __syncthreads();
+      atomicAdd(&sum, 1);
+      if (threadIdx.x == blockDim.x - 1) out = sum;
+    });
+    CHECK_THAT(error, ContainsSubstring("race"));
+  });
+}
+
 TEST_CASE("races: two blocks write one element") {
   in_every_order([] {
     std::vector<char> out(33);
@@ -170,6 +184,7 @@ TEST_CASE("races: a cluster's barrier orders its blocks, and no others") {
   std::vector<int> out(4);
   check_each_step_is_needed({.blocks = 4, .threads = 32, .cluster = 4}, [&](Steps steps, unsigned&) {
     FSDC_SHARED(values, int[32]);
+    cluster_sync();  // all have started
     for (int round = 0; round < 2; ++round) {
       values[threadIdx.x] = round;
       if (steps.first) cluster_sync();
@@ -193,6 +208,7 @@ TEST_CASE("races: a block's barrier is no cluster's barrier") {
     CHECK_THAT(error_of({.blocks = 2, .threads = 32, .cluster = 2},
                         [&] {
                           FSDC_SHARED(value, int);
+                          cluster_sync();
                           if (threadIdx.x == 0) value = 1;
                           __syncthreads();
                           if (threadIdx.x == 0) out[blockIdx.x] = *cluster_map(&value, 1 - cluster_rank());
