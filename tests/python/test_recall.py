@@ -177,4 +177,5 @@ def test_the_training_script_writes_a_folder(train_recall, monkeypatch, tmp_path
     monkeypatch.setattr(train_recall, "TEXTS", 1)
     assert train_recall.main(["--output", str(tmp_path)]) == 1  # not the recall that it demands
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in MODEL.iterdir()}
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((MODEL / "config.json").read_text())
+    written, committed = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, MODEL))
+    assert {**written, "transformers_version": ""} == {**committed, "transformers_version": ""}

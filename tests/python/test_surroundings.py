@@ -41,8 +41,9 @@ def test_an_assisted_call_leaves_a_capped_cache():
     model, ids = tiny_llama(), tokens(1, 20)
     with enable(model, cache_size=12), torch.no_grad():
         out = model.generate(
-            ids, max_new_tokens=20, prompt_lookup_num_tokens=3, pad_token_id=0, return_dict_in_generate=True
-        )
+            ids, max_new_tokens=20, prompt_lookup_num_tokens=3, eos_token_id=99, pad_token_id=0,
+            return_dict_in_generate=True,
+        )  # fmt: skip
         cache = out.past_key_values
         assert all(layer.recorded is None for layer in cache.layers)
         for _ in range(5):
