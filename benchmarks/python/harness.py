@@ -34,16 +34,21 @@ def keep_freed_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **settings})
 
 
-def time_in_turns(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def time_in_turns(
+    contenders: dict[str, Callable[[], object]], rounds: int, warm_up: int = 0
+) -> dict[str, dict[str, float]]:
     """Microseconds per call of each contender: median, 10th and 90th percentile over `rounds` rounds.
 
-    A result is dropped before the next turn, as in a loop that uses and forgets it.
+    The processor's caches hold what the contender before has left there or, after `warm_up` calls that are not timed,
+    what the contender itself has. A result is dropped before the next call, as in a loop that uses and forgets it.
     """
     for contender in contenders.values():
         contender()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
+            for _ in range(warm_up):
+                contender()
             start = time.perf_counter()
             result = contender()
             times[name].append((time.perf_counter() - start) * 1e6)

@@ -20,6 +20,12 @@ inline uint32_t at_least(Keys keys, uint32_t threshold) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, key))));
 }
 
+// Bit i: scores[i] is not less than `floor`; a NaN never is.
+inline uint32_t not_less(const float* scores, float floor) {
+  const __m256 comparison = _mm256_cmp_ps(_mm256_loadu_ps(scores), _mm256_set1_ps(floor), _CMP_NLT_UQ);
+  return static_cast<uint32_t>(_mm256_movemask_ps(comparison));
+}
+
 // Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote.
 inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
   for (; mask != 0; mask &= mask - 1) *out++ = start + static_cast<uint32_t>(std::countr_zero(mask));

@@ -18,6 +18,11 @@ inline uint32_t at_least(Keys keys, uint32_t threshold) {
   return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(keys), _mm512_set1_epi32(static_cast<int>(threshold)));
 }
 
+// Bit i: scores[i] is not less than `floor`; a NaN never is.
+inline uint32_t not_less(const float* scores, float floor) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(scores), _mm512_set1_ps(floor), _CMP_NLT_UQ);
+}
+
 // Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote. May write 16 more.
 inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
   __m512i numbers = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(start)),

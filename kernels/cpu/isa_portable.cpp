@@ -14,6 +14,13 @@ inline uint32_t at_least(Keys keys, uint32_t threshold) {
   return (bits[0] | bits[1]) | (bits[2] | bits[3]);
 }
 
+// Bit i: scores[i] is not less than `floor`; a NaN never is.
+inline uint32_t not_less(const float* scores, float floor) {
+  float __attribute__((vector_size(16))) four;
+  std::memcpy(&four, scores, sizeof(four));
+  return at_least(reinterpret_cast<Keys>(~(four < floor)), 1u);
+}
+
 // Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote.
 inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
   for (; mask != 0; mask &= mask - 1) *out++ = start + static_cast<uint32_t>(std::countr_zero(mask));

@@ -49,6 +49,21 @@ def test_hostile_scores(S, device):
             check(keys, keys, scores, cache_size, include_skipped=True)
 
 
+def test_a_thread_that_flushes_denormals_selects_the_same():
+    S = 5000
+    scores = torch.randn(1, 1, S, generator=torch.Generator().manual_seed(0)) * 1e-38  # some of them normal
+    scores[0, 0, ::7] = 0
+    keys = torch.arange(S, dtype=torch.float32).view(1, 1, S, 1)
+    expected = [truncate(keys, keys, scores, cache_size)[2] for cache_size in (1, 50, 1000, 2300, 2500, 4000)]
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        actual = [truncate(keys, keys, scores, x.shape[2])[2] for x in expected]
+    finally:
+        torch.set_flush_denormal(False)
+    assert_all_same_bits(actual, expected)
+
+
 def test_rank_and_ties_by_hand(device):
     scores = torch.tensor([1.0, NAN, -INF, INF, 0.0, -0.0, 2.0, 1.0], device=device).view(1, 1, 8)
     keys = rows(1, 1, 8, 4, device=device)
