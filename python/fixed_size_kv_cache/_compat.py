@@ -5,6 +5,7 @@ From 4.56 on a cache is a list of layers. Up to 4.53 it is two lists of tensors;
 the methods that go through them itself. (4.54 and 4.55 were in between and are not supported.)
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
 HAS_LAYERS = hasattr(cache_utils, "DynamicLayer")
+
+# What models and generate() call the cache: "cache" from 5.24 on, which takes the older name until 5.40.
+_parameters = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = "cache" if "cache" in _parameters else "past_key_values"
 
 # On CUDA, for the sake of sdpa, these versions let a row of padding that would see nothing see all columns.
 SHOWS_PADDING_EVERYTHING = not HAS_LAYERS

@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 
 from . import adoption
 from ._compat import (
+    CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
     CHUNKS_FORGET_PADDING,
     DynamicCache,
@@ -47,7 +48,7 @@ def enabled(model: Any) -> Any:
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
     """After transformers has made a cache, or taken the user's: what an enabled model goes on with."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     use_cache = model_kwargs.get("use_cache")
     use_cache = generation_config.use_cache if use_cache is None else use_cache
     if cache is None:
@@ -92,7 +93,7 @@ def _settings(model: Any) -> FixedSizeCacheConfig:
 
 def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assisted: bool) -> None:
     """Sets the chunks that the prompt is read in, in this call's own copy of the config."""
-    mask, seen = model_kwargs.get("attention_mask"), model_kwargs["past_key_values"].get_seq_length()
+    mask, seen = model_kwargs.get("attention_mask"), model_kwargs[CACHE_NAME].get_seq_length()
     naive = (CHUNKS_FORGET_EARLIER_TURNS and seen > 0) or (
         CHUNKS_FORGET_PADDING and mask is not None and not bool(mask.all())
     )
@@ -104,7 +105,7 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
                 "transformers"
             )
         return
-    handle, cache_size = enabled(model), model_kwargs["past_key_values"].settings.cache_size
+    handle, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
     chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
     others = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)} - TEXT_INPUTS
     if naive or assisted or others or generation_config.compile_config is not None:
@@ -134,7 +135,7 @@ def _install() -> None:
         try:
             return assisted(self, *args, **kwargs)
         finally:  # from here on tokens stay, and are evicted
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE_NAME)
             if isinstance(cache, FixedSizeDynamicCache):
                 cache.stop_past_recording()
 
