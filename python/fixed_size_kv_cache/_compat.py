@@ -41,6 +41,10 @@ if HAS_LAYERS:
         """Runs the base class's ``__init__``; ``cache.layers`` are stock layers afterwards."""
         DynamicCache.__init__(cache, **({} if config is None else {"config": config}))
 
+    def make_stock_layers(config) -> list:
+        """The layers that a stock cache made for a model begins with."""
+        return DynamicCache(config=config).layers
+
     def stock_contents(cache: Cache) -> list[Contents | None]:
         """What each layer holds, None where it is empty. A layer that is not a plain one is a TypeError."""
         for layer in cache.layers:
@@ -152,6 +156,8 @@ def prompt_length(generation_config, model_kwargs: dict) -> int:
 # padding is counted in the position ids.
 CHUNKS_FORGET_EARLIER_TURNS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 CHUNKS_FORGET_PADDING = hasattr(transformers.GenerationMixin, "_prefill_chunking")
+# Families whose linear layers read a chunk as if nothing had come before it, in every version.
+CHUNKS_FORGET_STATE = ("jamba",)
 
 
 def set_implementation(config, name: str) -> None:
