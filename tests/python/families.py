@@ -226,6 +226,7 @@ def table(verdicts: dict[str, str]) -> str:
 
 def main() -> None:
     transformers.logging.set_verbosity(50)
+    torch.set_num_threads(1)  # the models are too small for more
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     verdicts = {}
     for name in names or discover():
