@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,15 @@ BUILD = {"cuda": "13.0"}
 def test_what_does_not_fit_is_said_in_one_sentence(build, torch_version, torch_cuda, problem):
     said = _load.problem(build, torch_version, torch_cuda)
     assert said is None if problem is None else problem in said
+
+
+def test_each_binary_has_its_own_facts(tmp_path, monkeypatch):
+    for python, cuda in (("310", "13.0"), ("311", None)):
+        (tmp_path / f"_C.cpython-{python}-x86_64-linux-gnu.json").write_text(json.dumps({"cuda": cuda}))
+    for python, cuda in (("310", {"cuda": "13.0"}), ("311", {"cuda": None}), ("312", None)):
+        binary = SimpleNamespace(origin=str(tmp_path / f"_C.cpython-{python}-x86_64-linux-gnu.so"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, binary=binary: binary)
+        assert _load.read_build_info() == cuda
 
 
 @pytest.mark.parametrize(
