@@ -101,18 +101,24 @@ def test_support_of_transformers(version, support, monkeypatch):
     assert _versions.transformers_support(version) == support
 
 
-def test_hugging_face_names_need_transformers():
-    code = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find(name, *rest)
-import fixed_size_kv_cache
+@pytest.mark.parametrize(
+    "names, who",
+    [
+        ("from fixed_size_kv_cache import FixedSizeDynamicCache", "FixedSizeDynamicCache"),
+        ("from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache", "fixed_size_kv_cache"),
+        ("from fixed_size_kv_cache.llama_attention import forward", "fixed_size_kv_cache"),
+    ],
+)
+def test_hugging_face_names_need_transformers(names, who):
+    code = f"""
+import sys
+sys.modules["transformers"] = None  # as if it were not installed
 try:
-    fixed_size_kv_cache.FixedSizeDynamicCache
+    {names}
 except ImportError as error:
     print(error)
 """
-    assert run_python(code) == "FixedSizeDynamicCache needs transformers: pip install 'transformers>=4.48.3'"
+    assert run_python(code) == f"{who} needs transformers: pip install 'transformers>=4.48.3'"
 
 
 def test_the_tested_versions_of_transformers_are_those_of_the_pins():
