@@ -49,10 +49,14 @@ def test_hostile_scores(S, device):
             check(keys, keys, scores, cache_size, include_skipped=True)
 
 
-def test_a_thread_that_flushes_denormals_selects_the_same():
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_thread_that_flushes_denormals_selects_the_same(step, dtype):
     S = 5000
-    scores = torch.randn(1, 1, S, generator=torch.Generator().manual_seed(0)) * 1e-38  # some of them normal
+    scale = 1e-6 if dtype == torch.float16 else 1e-38  # some of them normal
+    scores = torch.randn(1, 1, S, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
     scores[0, 0, ::7] = 0
+    scores = scores.to(dtype).repeat_interleave(step, -1)[..., ::step]
     keys = torch.arange(S, dtype=torch.float32).view(1, 1, S, 1)
     expected = [truncate(keys, keys, scores, cache_size)[2] for cache_size in (1, 50, 1000, 2300, 2500, 4000)]
     if not torch.set_flush_denormal(True):
