@@ -9,6 +9,7 @@ These environment variables are read:
     MAX_JOBS               compilers at a time, as for torch
 """
 
+import json
 import os
 import re
 import subprocess
@@ -100,8 +101,8 @@ def extension():
         def run(self):
             write(BUILD / "build_info.h", header(info))
             super().run()
-            folder = ROOT / "python" if self.inplace else Path(self.build_lib)
-            write(folder / PACKAGE / "_build_info.py", f"BUILD = {info!r}\n")  # beside the _C it describes
+            # Beside the _C that it describes and named after it: several Pythons may build in this folder.
+            write(Path(self.get_ext_fullpath(f"{PACKAGE}._C")).with_suffix(".json"), json.dumps(info))
 
     kind = "cuda" if cuda else "cpu"
     cxx = [*CXX, STABLE_ABI]
@@ -138,4 +139,6 @@ def write(path, text):
 
 
 # Metadata and the source archive need neither torch nor a compiler.
-setup(version=VERSION, **({} if {"egg_info", "dist_info", "sdist"} & set(sys.argv) else extension()))
+only_metadata = {"egg_info", "dist_info", "sdist"} & set(sys.argv)
+# The licence stands here because setuptools before 77 and after it read it in different forms from pyproject.toml.
+distribution = setup(version=VERSION, license="Apache-2.0", **({} if only_metadata else extension()))

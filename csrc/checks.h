@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <cctype>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -73,18 +74,11 @@ inline std::string to_text(ScalarType type) {
       return "complex64";
     case ScalarType::ComplexDouble:
       return "complex128";
-    case ScalarType::Float8_e4m3fn:
-      return "float8_e4m3fn";
-    case ScalarType::Float8_e4m3fnuz:
-      return "float8_e4m3fnuz";
-    case ScalarType::Float8_e5m2:
-      return "float8_e5m2";
-    case ScalarType::Float8_e5m2fnuz:
-      return "float8_e5m2fnuz";
-    case ScalarType::Float8_e8m0fnu:
-      return "float8_e8m0fnu";
-    default:
-      return torch::headeronly::toString(type);
+    default: {  // Float8_e4m3fn and the like
+      std::string name = torch::headeronly::toString(type);
+      name[0] = static_cast<char>(std::tolower(name[0]));
+      return name;
+    }
   }
 }
 

@@ -48,7 +48,7 @@ inline void check_truncate(const Tensor& keys, const Tensor& values, const Tenso
              cache_size);
 }
 
-// Scores of another type or layout than the kernel's are weights of one query, [B, H, 1, S].
+// Scores of another type or layout than the kernel's are weights of one query, [B, H, 1, S]: their sums are a copy.
 inline Tensor as_weights(const Tensor& scores) {
   return scores.dim() == 4 ? scores : torch::stable::unsqueeze(scores, 2);
 }

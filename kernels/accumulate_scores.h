@@ -22,7 +22,7 @@ struct AccumulateScoresParams {
   int64_t group;    // G
   int64_t queries;  // Q
   int64_t tokens;   // S
-  bool overwrite;   // scores = delta: the old scores are not read
+  bool overwrite;   // scores = delta, the old ones are not read; on the CPU a single weight is copied, -0 and all
   DType dtype;      // of the weights
   float* scores;    // [B, H, S]
   int64_t score_batch_stride;

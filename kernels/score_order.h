@@ -3,7 +3,8 @@
 //
 //   -inf  <  finite, by value, -0 equal to +0  <  NaN of any sign and payload  <  +inf
 //
-// It works on the bits, so neither fast-math nor flush-to-zero modes can change which tokens stay.
+// It works on the bits, so neither fast-math nor flush-to-zero modes can change which tokens stay. (They can change the
+// sums of attention weights, which are arithmetic; scores of another type or layout are copied without any.)
 #pragma once
 
 #include "types.h"

@@ -74,6 +74,21 @@ inline Float16 convert(float from) {
   return {static_cast<uint16_t>(sign | rounded >> 13)};
 }
 
+// The same, but in flush-to-zero modes too: an fp32 subnormal is not made by arithmetic.
+template <class From>
+inline float convert_unflushed(From from) {
+  return convert<float>(from);
+}
+template <>
+inline float convert_unflushed(double from) {
+  constexpr double kUlps = 0x1p-97;  // from here on numbers are 2^-149 apart, as fp32 subnormals are
+  const uint64_t bits = std::bit_cast<uint64_t>(from);
+  const double magnitude = std::bit_cast<double>(bits & ~(uint64_t{1} << 63));
+  if (!(magnitude < 0x1p-126)) return static_cast<float>(from);
+  const uint64_t subnormal = std::bit_cast<uint64_t>(magnitude + kUlps) - std::bit_cast<uint64_t>(kUlps);
+  return std::bit_cast<float>(static_cast<uint32_t>(subnormal | bits >> 63 << 31));
+}
+
 // Calls body with a value of the C++ type that `dtype` names.
 template <class Body>
 inline void with_element_type(DType dtype, const Body& body) {

@@ -6,7 +6,7 @@ Importing the package loads the operators ``torch.ops.fsdc.truncate`` and ``torc
 when it is first used, so the operators work without it.
 """
 
-import importlib.util
+import importlib
 from typing import Any
 
 from . import _load, _operators, _versions  # noqa: F401
@@ -27,8 +27,7 @@ __all__ = ["__version__", *_HUGGING_FACE]
 def __getattr__(name: str) -> Any:
     if name not in _HUGGING_FACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if importlib.util.find_spec("transformers") is None:
-        raise ImportError(f"{name} needs transformers: pip install 'transformers>={_versions.OLDEST_TRANSFORMERS}'")
+    _versions.require_transformers(name)
     if _HUGGING_FACE[name] == "enabling" and not _versions.has_interface():
         raise ImportError(
             f"{name} needs transformers>={_versions.OLDEST_INTERFACE}; got {_versions.transformers_version()}, on "

@@ -28,7 +28,8 @@ def check_truncate(keys: Tensor, values: Tensor, scores: Tensor, cache_size: int
     )
     _check_contiguous_rows(op, "keys", keys)
     _check_contiguous_rows(op, "values", values)
-    torch._check(sizes[2] < 1 << 31, lambda: f"{op}: keys must have fewer than 2147483648 tokens; got {sizes[2]}")
+    if isinstance(sizes[2], int):  # of a symbol it would become a bound, which a Dim of torch.export may not have
+        torch._check(sizes[2] < 1 << 31, lambda: f"{op}: keys must have fewer than 2147483648 tokens; got {sizes[2]}")
 
     torch._check(
         scores.dim() in (3, 4),

@@ -2,7 +2,9 @@
 """Loads the compiled part, _C. Where that must fail, one sentence says why."""
 
 import importlib.util
+import json
 import re
+from pathlib import Path
 
 import torch  # first: _C needs the libraries that torch loads
 
@@ -13,13 +15,9 @@ REMEDY = "Run `pip install -e .` in its source folder"
 
 def read_build_info():
     """What this package was built for, None where it was not built for this Python."""
-    if importlib.util.find_spec(f"{PACKAGE}._C") is None:
-        return None
-    try:
-        from ._build_info import BUILD
-    except ImportError:
-        return None
-    return BUILD
+    binary = importlib.util.find_spec(f"{PACKAGE}._C")
+    facts = Path(binary.origin).with_suffix(".json") if binary else None  # written by setup.py
+    return json.loads(facts.read_text()) if facts and facts.exists() else None
 
 
 def problem(build, torch_version, torch_cuda):
@@ -41,7 +39,9 @@ def problem(build, torch_version, torch_cuda):
     return f"{PACKAGE} was built for CUDA {build['cuda']}; torch {torch_version} has {found}. {REMEDY} again."
 
 
-if _problem := problem(read_build_info(), torch.__version__, torch.version.cuda):
+BUILD = read_build_info()
+
+if _problem := problem(BUILD, torch.__version__, torch.version.cuda):
     raise ImportError(_problem)
 
 from . import _C  # noqa: E402, F401

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._build_info import BUILD
 from ._checks import check_accumulate_scores, check_truncate
+from ._load import BUILD
 
 OPERATORS = ("truncate", "accumulate_scores_")
 

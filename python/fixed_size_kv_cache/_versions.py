@@ -2,12 +2,19 @@
 """Which versions of transformers this package knows. Does not import transformers."""
 
 import importlib.metadata
+import importlib.util
 import re
 
 OLDEST_TRANSFORMERS = "4.48.3"
 OLDEST_INTERFACE = "4.56.2"  # the first with an attention interface and caches of layers, for enable()
 BETWEEN_TRANSFORMERS = ((4, 54), (4, 55))  # their caches are neither lists of tensors nor plain layers
 TESTED_TRANSFORMERS = ("4.48.3", "4.56.2", "4.57.6", "5.17.0", "5.23.0", "5.24.0")  # as in tests/versions
+
+
+def require_transformers(name: str) -> None:
+    """An ImportError with pip's line where transformers is not installed, on behalf of what `name` names."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ImportError(f"{name} needs transformers: pip install 'transformers>={OLDEST_TRANSFORMERS}'")
 
 
 def transformers_version() -> str | None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import _C, __version__, _versions
-from ._build_info import BUILD
+from ._load import BUILD
 from ._operators import OPERATORS
 
 app = typer.Typer(

@@ -10,6 +10,9 @@ the line that sets "eager" is not needed any more. ``enable(model)`` does the sa
 import types
 from typing import Any
 
+from . import _transformers  # noqa: F401  first: where there is none it says how to get it
+
+# isort: split
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 

@@ -28,6 +28,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
         )
 
 
+def assert_copied(rows: Tensor, source: Tensor, indices: Tensor) -> None:
+    """That rows ``[B, H, K, D]`` are those that the indices ``[B, H, K]`` name, payloads of NaN and all."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.dtype.itemsize]  # torch's gather may change NaN
+    assert_same_bits(rows.view(integer), source.view(integer).take_along_dim(indices[..., None], dim=2))
+
+
 def assert_all_same_bits(actual, expected) -> None:
     for one, other in zip(actual, expected, strict=True):
         assert_same_bits(one, other)

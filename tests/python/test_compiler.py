@@ -47,12 +47,13 @@ def test_one_graph_for_any_length(include_skipped, device):
             assert_all_same_bits(compiled(*arguments), step(*arguments))
 
 
-def test_export(device):
+@pytest.mark.parametrize("bounds", [{"min": 2, "max": 4096}, {}], ids=["bounded", "unbounded"])
+def test_export(bounds, device):
     class Truncate(torch.nn.Module):
         def forward(self, keys, scores):
             return TRUNCATE(keys, keys, scores, 16)
 
-    S = torch.export.Dim("S", min=2, max=4096)
+    S = torch.export.Dim("S", **bounds)
     arguments = (rows(1, 2, 50, 4, device=device), torch.rand(1, 2, 50, device=device))
     program = torch.export.export(Truncate(), arguments, dynamic_shapes={"keys": {2: S}, "scores": {2: S}})
     for length in (10, 16, 17, 200):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every argument rule: the text of its error, from the operator and from the fake kernel, and that nothing is lost."""
 
+import contextlib
 import re
 
 import pytest
@@ -115,21 +116,28 @@ def test_fake_kernel_says_the_same(op, arguments, text):
             getattr(torch.ops.fsdc, op)(**arguments)
 
 
-def test_devices_are_not_mixed():
-    arguments = on("cpu", K)
-    arguments["scores"] = arguments["scores"].to("meta")
-    with pytest.raises(RuntimeError, match=r"^truncate: scores must be on the device of keys, cpu; got meta$"):
-        torch.ops.fsdc.truncate(**arguments)
+MIXED = [
+    ("truncate", "keys", "values must be on the device of keys, {device}; got cpu"),
+    ("truncate", "values", "values must be on the device of keys, cpu; got {device}"),
+    ("truncate", "scores", "scores must be on the device of keys, cpu; got {device}"),
+    ("accumulate_scores_", "scores", "weights must be on the device of scores, {device}; got cpu"),
+    ("accumulate_scores_", "weights", "weights must be on the device of scores, cpu; got {device}"),
+    ("accumulate_scores_", "query_weights", "query_weights must be on the device of scores, cpu; got {device}"),
+    ("accumulate_scores_", "carry", "carry must be on the device of scores, cpu; got {device}"),
+]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name, other", [("values", "keys"), ("scores", "keys")])
-def test_cuda_and_cpu_are_not_mixed(name, other):
-    arguments = on("cpu", K)
-    arguments[name] = arguments[name].cuda()
-    text = f"truncate: {name} must be on the device of {other}, cpu; got cuda:0"
-    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
-        torch.ops.fsdc.truncate(**arguments)
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode], ids=["real", "fake"])
+@pytest.mark.parametrize("elsewhere", ["meta", "cuda:0"])
+@pytest.mark.parametrize("op, name, text", MIXED)
+def test_devices_are_not_mixed(op, name, text, elsewhere, mode):
+    if mode is not FakeTensorMode and elsewhere != "meta" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    with mode():
+        arguments = on("cpu", K if op == "truncate" else {**A, "query_weights": (2, 3), "carry": (2,)})
+        arguments[name] = torch.empty_like(arguments[name], device=elsewhere)
+        with pytest.raises(RuntimeError, match=f"^{re.escape(f'{op}: ' + text.format(device=elsewhere))}$"):
+            getattr(torch.ops.fsdc, op)(**arguments)
 
 
 def needing_gradients(op):
@@ -166,17 +174,22 @@ def test_forward_mode_gradients_are_refused():
         torch.func.jvp(accumulate, (arguments["weights"],), (torch.ones_like(arguments["weights"]),))
 
 
-def test_a_graph_that_saved_the_scores_notices_the_write():
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_a_graph_that_saved_the_scores_notices_the_write(mode):
     scores, factor = torch.ones(2, 4, 10), torch.ones(2, 4, 10, requires_grad=True)
     total = (scores * factor).sum()
-    torch.ops.fsdc.accumulate_scores_(scores, torch.ones(2, 8, 3, 10))
+    with mode():
+        torch.ops.fsdc.accumulate_scores_(scores, torch.ones(2, 8, 3, 10))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e4m3fn, torch.bool, torch.int8], ids=str)
+NAMED = [torch.complex64, torch.uint16, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.bool, torch.int8]
+
+
+@pytest.mark.parametrize("dtype", [*NAMED, torch.float4_e2m1fn_x2], ids=str)
 def test_types_have_the_same_names_everywhere(dtype):
-    keys, scores = torch.zeros(1, 1, 4, 2).to(dtype), torch.zeros(1, 1, 4)
+    keys, scores = torch.empty(1, 1, 4, 2, dtype=dtype), torch.zeros(1, 1, 4)
     texts = []
     for convert in (torch.Tensor.clone, FakeTensorMode().from_tensor):
         with pytest.raises(RuntimeError) as error:

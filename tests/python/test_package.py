@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package around the operators: import, build, versions, command line."""
 
+import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +73,15 @@ def test_what_does_not_fit_is_said_in_one_sentence(build, torch_version, torch_c
     assert said is None if problem is None else problem in said
 
 
+def test_each_binary_has_its_own_facts(tmp_path, monkeypatch):
+    for python, cuda in (("310", "13.0"), ("311", None)):
+        (tmp_path / f"_C.cpython-{python}-x86_64-linux-gnu.json").write_text(json.dumps({"cuda": cuda}))
+    for python, cuda in (("310", {"cuda": "13.0"}), ("311", {"cuda": None}), ("312", None)):
+        binary = SimpleNamespace(origin=str(tmp_path / f"_C.cpython-{python}-x86_64-linux-gnu.so"))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, binary=binary: binary)
+        assert _load.read_build_info() == cuda
+
+
 @pytest.mark.parametrize(
     "version, support",
     [
@@ -89,18 +101,24 @@ def test_support_of_transformers(version, support, monkeypatch):
     assert _versions.transformers_support(version) == support
 
 
-def test_hugging_face_names_need_transformers():
-    code = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "transformers" else find(name, *rest)
-import fixed_size_kv_cache
+@pytest.mark.parametrize(
+    "names, who",
+    [
+        ("from fixed_size_kv_cache import FixedSizeDynamicCache", "FixedSizeDynamicCache"),
+        ("from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache", "fixed_size_kv_cache"),
+        ("from fixed_size_kv_cache.llama_attention import forward", "fixed_size_kv_cache"),
+    ],
+)
+def test_hugging_face_names_need_transformers(names, who):
+    code = f"""
+import sys
+sys.modules["transformers"] = None  # as if it were not installed
 try:
-    fixed_size_kv_cache.FixedSizeDynamicCache
+    {names}
 except ImportError as error:
     print(error)
 """
-    assert run_python(code) == "FixedSizeDynamicCache needs transformers: pip install 'transformers>=4.48.3'"
+    assert run_python(code) == f"{who} needs transformers: pip install 'transformers>=4.48.3'"
 
 
 def test_the_tested_versions_of_transformers_are_those_of_the_pins():
@@ -129,3 +147,38 @@ def test_both_builds_compile_the_same_folders():
     for file in ("setup.py", "CMakeLists.txt"):
         named = set(re.findall(r"(?:csrc|kernels)/[\w/]*\*\.\w+", (ROOT / file).read_text()))
         assert named == folders, file
+
+
+def test_a_setuptools_that_writes_no_wheels_does_for_an_editable_install(tmp_path):
+    """Torch 2.11 leaves a venv of Python 3.11 its setuptools 65.5, and there is no package `wheel` in it."""
+    code = f"""
+import setuptools, sys
+sys.path.insert(0, "python")
+import _build_backend
+distribution = _build_backend._run_setup("-q", "egg_info", "--egg-base", {str(tmp_path)!r})
+print(_build_backend._write_editable(distribution, {str(tmp_path)!r}))
+"""
+    wheel = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", tmp_path / "site"]
+    subprocess.run([*pip, tmp_path / wheel.strip()], check=True)
+    (installed,) = importlib.metadata.distributions(path=[str(tmp_path / "site")])
+    assert installed.version == fixed_size_kv_cache.__version__
+    assert (tmp_path / "site" / f"fixed_size_kv_cache-{installed.version}.pth").read_text() == f"{ROOT / 'python'}\n"
+    assert [(x.name, x.value) for x in installed.entry_points] == [("fsdc", "fixed_size_kv_cache.cli:main")]
+    assert {"torch>=2.11", "safetensors", 'pytest; extra == "test"'} <= set(installed.requires)
+    assert installed.metadata["License"] == "Apache-2.0"
+    assert installed.files and all(file.hash for file in installed.files if file.suffix == ".pth")
+
+
+@pytest.mark.parametrize(
+    "setuptools, wheel, wanted",
+    [((65, 5), True, []), ((65, 5), False, ["wheel"]), ((70, 1), False, []), ((59, 6), True, ["setuptools>=64.0"])],
+)
+def test_the_build_asks_for_what_is_missing_only(setuptools, wheel, wanted, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "python")
+    import _build_backend
+
+    monkeypatch.setattr(_build_backend, "_release", {"setuptools": setuptools, "torch": (2, 11)}.get)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if wheel else None)
+    assert _build_backend.get_requires_for_build_wheel() == wanted
+    assert _build_backend.get_requires_for_build_editable() == [x for x in wanted if x != "wheel"]

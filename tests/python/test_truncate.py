@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import FLOATING, INF, NAN, assert_all_same_bits, hostile_scores, rows
+from inputs import FLOATING, INF, NAN, assert_all_same_bits, assert_copied, hostile_scores, rows
 
 from fixed_size_kv_cache import reference
 
@@ -16,6 +16,9 @@ def check(keys, values, scores, cache_size, include_skipped=False):
     actual = truncate(keys, values, scores, cache_size, include_skipped=include_skipped)
     expected = reference.truncate(keys.cpu(), values.cpu(), scores.cpu(), cache_size, include_skipped=include_skipped)
     assert_all_same_bits([x.cpu() for x in actual], expected)
+    kept = actual[2].shape[2] - (include_skipped and cache_size < keys.shape[2])
+    for out, source in zip(actual[:2], (keys, values), strict=True):
+        assert_copied(out[:, :, :kept].cpu(), source.cpu(), actual[2][..., :kept].cpu())
     return actual
 
 
@@ -49,10 +52,14 @@ def test_hostile_scores(S, device):
             check(keys, keys, scores, cache_size, include_skipped=True)
 
 
-def test_a_thread_that_flushes_denormals_selects_the_same():
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_thread_that_flushes_denormals_selects_the_same(step, dtype):
     S = 5000
-    scores = torch.randn(1, 1, S, generator=torch.Generator().manual_seed(0)) * 1e-38  # some of them normal
+    scale = 1e-6 if dtype == torch.float16 else 1e-38  # some of them normal
+    scores = torch.randn(1, 1, S, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * scale
     scores[0, 0, ::7] = 0
+    scores = scores.to(dtype).repeat_interleave(step, -1)[..., ::step]
     keys = torch.arange(S, dtype=torch.float32).view(1, 1, S, 1)
     expected = [truncate(keys, keys, scores, cache_size)[2] for cache_size in (1, 50, 1000, 2300, 2500, 4000)]
     if not torch.set_flush_denormal(True):
@@ -127,6 +134,18 @@ def test_strides_are_free(device):
         check(transposed, transposed, strided, 11)
     weights = torch.rand(B, S, 2, 2 * H, device=device).permute(0, 3, 2, 1)
     check(transposed, transposed, weights, 11)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("D", [1, 3, 80])
+def test_bits_of_every_kind_are_copied(D, dtype, device):
+    size = (1, 2, 300, D * dtype.itemsize)
+    keys, values = (torch.randint(256, size, dtype=torch.uint8, device=device).view(dtype) for _ in range(2))
+    if D == 80:
+        assert keys.isnan().any()
+    scores = torch.rand(1, 2, 300, device=device)
+    check(keys, values, scores, 200)
+    check(keys, values, scores, 200, include_skipped=True)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)

@@ -8,6 +8,7 @@
 
 using fsdc::cpu::BFloat16;
 using fsdc::cpu::convert;
+using fsdc::cpu::convert_unflushed;
 using fsdc::cpu::Float16;
 
 namespace {
@@ -51,6 +52,23 @@ TEST_CASE("rounding to float16 goes to the nearest, ties to even") {
   CHECK(convert<Float16>(65519.996f).bits == 0x7bff);
   CHECK(convert<Float16>(65520.0f).bits == 0x7c00);  // to infinity
   CHECK(convert<Float16>(-1e30f).bits == 0xfc00);
+}
+
+TEST_CASE("rounding float64 to float32 goes to the nearest, ties to even, subnormals too") {
+  for (uint32_t bits = 0; bits < 0x7f000000u; bits += bits < 0x01000000u ? 997 : 99991) {
+    for (const double sign : {1.0, -1.0}) {
+      const double low = std::bit_cast<float>(bits), high = std::bit_cast<float>(bits + 1), middle = (low + high) / 2;
+      for (const double value : {low, middle, std::nextafter(middle, 0.0), std::nextafter(middle, high), high}) {
+        CAPTURE(bits, value);
+        const auto bits_of = [](float x) { return std::bit_cast<uint32_t>(x); };
+        REQUIRE(bits_of(convert_unflushed(sign * value)) == bits_of(static_cast<float>(sign * value)));
+      }
+    }
+  }
+  CHECK(convert_unflushed(0x1p-1074) == 0);
+  CHECK(convert_unflushed(0x1.fffffffp-127) == 0x1p-126f);  // the largest subnormal is too small for it
+  CHECK(convert_unflushed(-1e300) == -std::numeric_limits<float>::infinity());
+  CHECK(std::isnan(convert_unflushed(std::nan(""))));
 }
 
 TEST_CASE("every bfloat16 comes back, and rounding goes to the nearest, ties to even") {
