@@ -32,7 +32,7 @@ def test_plain_lines_where_there_is_no_terminal():
     )
     assert len(questions) >= 5 and all(code == answer for _, code, answer in questions)
     assert f"right {len(questions)}, tokens_held 160, tokens_seen 160, cache_bytes 163840" in said
-    assert "tokens_held 24, tokens_seen 160, cache_bytes 24576" in said
+    assert "tokens_held 24, tokens_seen 160, cache_bytes 27632" in said
     assert "\x1b" not in said
     for word in ("needle", "zipf", "recency", *contest.NAMES):
         assert word in said
@@ -57,7 +57,10 @@ def test_json_and_seeds():
     assert {row["cache_size"] for row in first["recall"]} == {None, 12, 24, 48}
 
 
-@pytest.mark.parametrize("arguments, text", [(("--length", "4000"), "512"), (("--task", "haystack"), "needle")])
+@pytest.mark.parametrize(
+    "arguments, text",
+    [(("--length", "4000"), "512"), (("--cache-size", "0"), "--cache-size"), (("--task", "haystack"), "needle")],
+)
 def test_arguments_out_of_range(arguments, text):
     done = CliRunner().invoke(cli.app, ["demo", *arguments])
     assert done.exit_code == 2 and text in done.stderr

@@ -2,33 +2,19 @@
 """``fsdc demo``: caches of the same size answer questions side by side, live, then in a table over tasks and sizes."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress import track
 
-from . import demo_view
+from . import demo_view, one_thread
 from .contest import NAMES, TEXTS, compare, race
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So small a model is faster so, and figures do not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @one_thread()
 def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> None:
     """The whole demonstration. In a terminal live, else as plain lines; with ``as_json`` one JSON object."""
-    sizes = [max(1, cache_size // 2), cache_size, 2 * cache_size]
+    sizes = sorted({max(1, cache_size // 2), cache_size, 2 * cache_size})
     console = Console(stderr=as_json)
     if console.is_terminal and not as_json:
         console.print(demo_view.introduction(task, cache_size, length), highlight=False)
