@@ -156,5 +156,6 @@ def collect() -> dict[str, str | list[str]]:
 
 def main() -> None:
     """The entry point of ``fsdc`` and ``python -m fixed_size_kv_cache``."""
-    warnings.formatwarning = lambda message, *_, **__: f"fsdc: {message}\n"  # not our lines of code
+    # Without the place in the code, which Python would print too.
+    warnings.formatwarning = lambda message, *_, **__: f"fsdc: {' '.join(str(message).split())}\n"
     app(prog_name="fsdc")

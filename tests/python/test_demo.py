@@ -49,6 +49,14 @@ def test_live_in_a_terminal():
     assert "A small LLaMA reads 160 words" in said and "sliding window" in said
 
 
+def test_plain_lines_in_a_small_terminal():
+    command = [sys.executable, "-m", "fixed_size_kv_cache", "demo", *SHORT]
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "60", "LINES": "12"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **terminal}).stdout
+    assert "A small LLaMA reads" not in said and re.search(r"^word \d+: what is", said, re.MULTILINE)
+    assert "tokens_held 24, tokens_seen 160, cache_bytes 27632" in said
+
+
 def test_the_picture_fits_into_the_terminal():
     """One line per contender at 80 columns, explained where there is room; else plain lines."""
     *_, state = contest.race("zipf", 24, 160, 0)

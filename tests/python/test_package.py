@@ -116,7 +116,7 @@ def test_version():
 
 
 def test_warnings_are_one_line_without_our_code():
-    command = "import warnings; from fixed_size_kv_cache import cli; cli.app = lambda **_: warnings.warn('so it is')"
+    command = "import warnings; from fixed_size_kv_cache import cli; cli.app = lambda **_: warnings.warn('so it\\n is')"
     said = subprocess.run([sys.executable, "-c", f"{command}; cli.main()"], capture_output=True, text=True, check=True)
     assert said.stderr == "fsdc: so it is\n"
 

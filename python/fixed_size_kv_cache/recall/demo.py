@@ -18,7 +18,8 @@ def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> N
     began = time.process_time()
     sizes = sorted({max(1, cache_size // 2), cache_size, 2 * cache_size})
     console = Console(stderr=as_json)
-    if console.is_terminal and not as_json and demo_view.fits(console.size):
+    is_live = console.is_terminal and not as_json and demo_view.fits(console.size)
+    if is_live:
         console.print(demo_view.introduction(task, cache_size, length), highlight=False)
         with Live(console=console, refresh_per_second=12) as live:
             for state in race(task, cache_size, length, seed):
@@ -46,7 +47,7 @@ def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> N
         facts = {"length": length, "seed": seed, "cpu_seconds": seconds, "live": state.facts(), "recall": rows}
         print(json.dumps(facts, indent=2))
         return
-    if not console.is_terminal:
+    if not is_live:
         for lane in state.facts()["contenders"]:
             print(", ".join(f"{name} {value}" for name, value in lane.items()))
     console.print(demo_view.title(length), highlight=False)
