@@ -5,6 +5,7 @@ From 4.56 on a cache is a list of layers. Up to 4.53 it is two lists of tensors;
 the methods that go through them itself. (4.54 and 4.55 were in between and are not supported.)
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 
 HAS_LAYERS = hasattr(cache_utils, "DynamicLayer")
+
+# What models and generate() call the cache: "cache" from 5.24 on, which takes the older name until 5.40.
+_parameters = inspect.signature(transformers.GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = "cache" if "cache" in _parameters else "past_key_values"
 
 # On CUDA, for the sake of sdpa, these versions let a row of padding that would see nothing see all columns.
 SHOWS_PADDING_EVERYTHING = not HAS_LAYERS
@@ -35,6 +40,10 @@ if HAS_LAYERS:
     def init_cache(cache: Cache, config) -> None:
         """Runs the base class's ``__init__``; ``cache.layers`` are stock layers afterwards."""
         DynamicCache.__init__(cache, **({} if config is None else {"config": config}))
+
+    def make_stock_layers(config) -> list:
+        """The layers that a stock cache made for a model begins with."""
+        return DynamicCache(config=config).layers
 
     def stock_contents(cache: Cache) -> list[Contents | None]:
         """What each layer holds, None where it is empty. A layer that is not a plain one is a TypeError."""
@@ -147,6 +156,8 @@ def prompt_length(generation_config, model_kwargs: dict) -> int:
 # padding is counted in the position ids.
 CHUNKS_FORGET_EARLIER_TURNS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 CHUNKS_FORGET_PADDING = hasattr(transformers.GenerationMixin, "_prefill_chunking")
+# Families whose linear layers read a chunk as if nothing had come before it, in every version.
+CHUNKS_FORGET_STATE = ("jamba",)
 
 
 def set_implementation(config, name: str) -> None:

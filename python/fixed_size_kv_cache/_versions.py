@@ -7,7 +7,7 @@ import re
 OLDEST_TRANSFORMERS = "4.48.3"
 OLDEST_INTERFACE = "4.56.2"  # the first with an attention interface and caches of layers, for enable()
 BETWEEN_TRANSFORMERS = ((4, 54), (4, 55))  # their caches are neither lists of tensors nor plain layers
-TESTED_TRANSFORMERS = ("4.48.3", "4.56.2", "4.57.6", "5.17.0", "5.23.0")  # as in tests/versions
+TESTED_TRANSFORMERS = ("4.48.3", "4.56.2", "4.57.6", "5.17.0", "5.23.0", "5.24.0")  # as in tests/versions
 
 
 def transformers_version() -> str | None:

@@ -70,6 +70,8 @@ def softmax(
         key, _, bias = skipped.entry()
         grouped = rule.scaled(query.to(key.dtype)).reshape(*products.shape[:4], -1)
         extra = rule.logits(grouped @ key[:, :, None, :, None]) + bias[..., None, None, None]
+        if visible is not None:  # a query that sees nothing is padding
+            extra = extra.masked_fill(~visible.any(-1, keepdim=True)[:, :, None], float("-inf"))
         logits = torch.cat([logits.to(wide), extra.to(wide)], dim=-1)
     if rule.sinks is not None:
         B, H, G, Q = logits.shape[:4]

@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from .attention import LogitRule, attend_with_weights, products_of
+from .capability import has_window
 from .handoff import HANDOFF
 
 NAME = "fsdc"
@@ -50,10 +51,10 @@ def fsdc_attention(
     cache, layer_idx = taken
     if dropout > 0:
         raise RuntimeError(f"{name}: there is no dropout with a cache of fixed size; call model.eval()")
-    if sliding_window is not None:
+    if sliding_window is not None or has_window(module, layer_idx):
         raise NotImplementedError(
-            f"{name}: a layer with a sliding window must keep transformers' own cache; got sliding_window="
-            f"{sliding_window}; make the cache with FixedSizeDynamicCache(config=model.config)"
+            f"{name}: layer {layer_idx} sees a window of the text, so it must keep transformers' own cache; got one of "
+            "ours; make the cache with FixedSizeDynamicCache(config=model.config)"
         )
     if s_aux is not None:
         rule = rule._replace(sinks=s_aux.detach())  # a parameter: votes are no gradients
@@ -129,6 +130,9 @@ def fsdc_mask(
         )
     if attention_mask is None:
         return None
+    end = kwargs["kv_length"] + kwargs["kv_offset"]  # tokens seen, with the new ones
+    if isinstance(end, int):  # while a graph is compiled it is not, and the mask ends with the new tokens
+        attention_mask = attention_mask[:, :end]  # one mask may come with every part of a text
     Q = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]  # the latter up to 5.3
     # Not .contiguous(): one row of one token counts as contiguous with any stride.
     return attention_mask[:, -Q:].clone(memory_format=torch.contiguous_format)

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from ._compat import DynamicLayer, is_kv_sharing, on_attention_interface
+from ._compat import DynamicLayer, is_kv_sharing, make_stock_layers, on_attention_interface
 
 INSTEAD = "; use it without a fixed-size cache"
 NAMES_OF_STOCK_LAYERS = (  # which keep their own, constant memory
@@ -41,6 +41,24 @@ def check_layers(layers: list, config: Any) -> None:
                 f"layers of a cache must be plain, sliding or linear; got {kind.__name__} of "
                 f"{text_config(config).model_type}{INSTEAD}"
             )
+
+
+def check_made_for(cache: Any, config: Any) -> None:
+    """Raises ValueError where a model needs layers of transformers' own that a cache made without its config lacks."""
+    needed = make_stock_layers(config)
+    for i, layer in enumerate(needed):
+        has = type(cache.layers[i]) if i < len(cache.layers) else DynamicLayer
+        if type(layer) is not DynamicLayer and has is not type(layer):
+            raise ValueError(
+                f"layer {i} of {text_config(config).model_type} must keep transformers' own cache, a "
+                f"{type(layer).__name__}; make the cache with FixedSizeDynamicCache(config=model.config)"
+            )
+
+
+def has_window(module: Any, layer_idx: int) -> bool:
+    """Whether the config of an attention module says that the layer sees a window or a chunk of the text."""
+    kinds = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    return layer_idx < len(kinds) and kinds[layer_idx] in ("sliding_attention", "chunked_attention")
 
 
 def check_model(model: Any) -> None:

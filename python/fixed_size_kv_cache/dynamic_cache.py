@@ -2,6 +2,7 @@
 """The cache that users hold."""
 
 import contextlib
+import copy
 import functools
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from ._compat import BaseCache, DynamicLayer, init_cache
 from .attention import LogitRule
 from .capability import check_config, check_layers
 from .handoff import HANDOFF
+from .held_tensors import HeldTensors
 from .layer import FixedSizeLayer
 from .masks import read_mask
 from .settings import FixedSizeCacheConfig, read_settings
@@ -75,6 +77,7 @@ class FixedSizeDynamicCache(BaseCache):
         init_cache(self, config)
         check_layers(self.layers, config)
         self.settings, self.protected_spans = made, protected_spans
+        self.stock_layers = copy.deepcopy(self.layers)  # as they were, empty
         self.layers = [new_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
         self.record_past = False  # of layers that come later
         self.layer_class_to_replicate = None  # we append layers ourselves
@@ -103,6 +106,13 @@ class FixedSizeDynamicCache(BaseCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, FixedSizeLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
+        if value_states.dtype != key_states.dtype:  # under autocast keys come rotated in float32, values do not
+            if torch.promote_types(key_states.dtype, value_states.dtype) != key_states.dtype:
+                raise TypeError(
+                    f"update: values must have the type of keys, {key_states.dtype}, or a narrower one; got "
+                    f"{value_states.dtype}"
+                )
+            value_states = value_states.to(key_states.dtype)
         if not torch.compiler.is_compiling():
             self._check_columns(layer_idx, key_states.shape[2])
             if layer_idx == self.last_layer:
@@ -174,7 +184,11 @@ class FixedSizeDynamicCache(BaseCache):
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers. A step that broke off, or recording, ends with it too."""
         self.record_past = False
-        super().reset()
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, FixedSizeLayer):
+                layer.reset()
+            else:  # not its own reset(): before 5.23 a window keeps its width
+                self.layers[i] = copy.deepcopy(self.stock_layers[i])
 
     def allow_compilation(self, allowed: bool) -> None:
         """Whether generate() may compile the decode step where it compiles those of static caches."""
@@ -262,12 +276,12 @@ class FixedSizeDynamicCache(BaseCache):
         return held
 
     @property
-    def key_cache(self) -> "HeldTensors":
+    def key_cache(self) -> HeldTensors:
         """The keys held, a sequence over the layers; the last entry is the sum of the evicted ones, if kept."""
         return HeldTensors(self, 0)
 
     @property
-    def value_cache(self) -> "HeldTensors":
+    def value_cache(self) -> HeldTensors:
         """The values held, as :attr:`key_cache`."""
         return HeldTensors(self, 1)
 
@@ -372,33 +386,3 @@ def _warn_of_entry() -> None:
         " attends to the entry of the evicted tokens; update() does not return it to others",
         stacklevel=3,
     )
-
-
-class HeldTensors(Sequence):
-    """``cache.key_cache`` or ``cache.value_cache``. What ``cache_truncate`` returned may be assigned, nothing else."""
-
-    def __init__(self, cache: FixedSizeDynamicCache, which: int) -> None:
-        self._cache = cache
-        self._which = which
-
-    def __len__(self) -> int:
-        return len(self._cache.layers)
-
-    def __getitem__(self, layer_idx: int) -> Tensor:
-        layer = self._cache.layers[layer_idx]
-        if not isinstance(layer, FixedSizeLayer):
-            return (layer.keys, layer.values)[self._which]
-        if layer.has_holes():
-            raise RuntimeError("key_cache and value_cache cannot show a batch with padding: its slots have holes")
-        return layer.held()[self._which]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self)))
-
-    def __setitem__(self, layer_idx: int, tensor: Tensor) -> None:
-        returned = self._cache._own_layer(layer_idx).last_returned
-        if returned is None or tensor is not returned[self._which]():
-            raise ValueError(
-                "key_cache and value_cache accept only what cache_truncate() last returned for this layer; the cache "
-                "writes its slots itself"
-            )

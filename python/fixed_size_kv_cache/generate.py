@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
-from ._compat import DynamicLayer
+from ._compat import CACHE_NAME, DynamicLayer
 from ._versions import OLDEST_INTERFACE, has_interface
 from .dynamic_cache import FixedSizeDynamicCache
 from .layer import FixedSizeLayer
@@ -87,7 +87,7 @@ def write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, max_new_tokens: i
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             max_new_tokens=max_new_tokens,
             do_sample=False,
             streamer=streamer,
@@ -143,7 +143,7 @@ def _read(model: Any, ids: Tensor, cache: Any) -> None:
     with progress(ids.shape[1], hidden=ids.shape[1] <= chunk) as advance:
         for part in ids.split(chunk, dim=1):
             if part.shape[1]:
-                model(part, past_key_values=cache, use_cache=True, **last_only)
+                model(part, use_cache=True, **{CACHE_NAME: cache}, **last_only)
                 advance(part.shape[1])
 
 

@@ -15,20 +15,22 @@ from transformers import GenerationMixin
 
 from . import adoption
 from ._compat import (
+    CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
     CHUNKS_FORGET_PADDING,
+    CHUNKS_FORGET_STATE,
     DynamicCache,
     is_assisted,
     prompt_length,
 )
 from .attention_interface import NAME
-from .capability import text_config
+from .capability import check_made_for, text_config
 from .dynamic_cache import FixedSizeDynamicCache
 from .settings import CACHE_SIZE, FixedSizeCacheConfig
 
 MARK = "_fixed_size_cache"  # the attribute of an enabled model; no parameter and no buffer, so it is not saved
 REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
-TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids"}
+TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids", CACHE_NAME}
 
 
 class Default:
@@ -47,7 +49,7 @@ def enabled(model: Any) -> Any:
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
     """After transformers has made a cache, or taken the user's: what an enabled model goes on with."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     use_cache = model_kwargs.get("use_cache")
     use_cache = generation_config.use_cache if use_cache is None else use_cache
     if cache is None:
@@ -57,13 +59,21 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
                 "one of its own; call disable(model)"
             )
         return
+    if generation_config.guidance_scale not in (None, 1):
+        raise NotImplementedError(
+            f'generate: guidance_scale must be 1 with "{NAME}" attention; got {generation_config.guidance_scale}, '
+            "which runs the model on a second cache that generate() does not make; call disable(model)"
+        )
     if isinstance(cache, FixedSizeDynamicCache):
         if use_cache is False:
             raise ValueError("generate: use_cache must be True with a FixedSizeDynamicCache; got False; leave one away")
+        check_made_for(cache, model.config)
     elif type(cache) is not DynamicCache:
+        asked_for = generation_config.cache_implementation
+        remedy = REMEDY if asked_for is None else f"leave cache_implementation={asked_for!r} away"
         raise TypeError(
             f'generate: the cache of a model with "{NAME}" attention must be a FixedSizeDynamicCache or an empty '
-            f"DynamicCache; got a {type(cache).__name__}; {REMEDY}, or call disable(model)"
+            f"DynamicCache; got a {type(cache).__name__}; {remedy}, or call disable(model)"
         )
     else:
         adoption.adopt_empty(cache, model.config, _settings(model))
@@ -92,7 +102,7 @@ def _settings(model: Any) -> FixedSizeCacheConfig:
 
 def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assisted: bool) -> None:
     """Sets the chunks that the prompt is read in, in this call's own copy of the config."""
-    mask, seen = model_kwargs.get("attention_mask"), model_kwargs["past_key_values"].get_seq_length()
+    mask, seen = model_kwargs.get("attention_mask"), model_kwargs[CACHE_NAME].get_seq_length()
     naive = (CHUNKS_FORGET_EARLIER_TURNS and seen > 0) or (
         CHUNKS_FORGET_PADDING and mask is not None and not bool(mask.all())
     )
@@ -104,13 +114,20 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
                 "transformers"
             )
         return
-    handle, cache_size = enabled(model), model_kwargs["past_key_values"].settings.cache_size
+    handle, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
     chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
-    others = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)} - TEXT_INPUTS
-    if naive or assisted or others or generation_config.compile_config is not None:
+    if naive or assisted or not _is_text_only(model_kwargs) or generation_config.compile_config is not None:
         return  # in one piece
+    if text_config(model.config).model_type in CHUNKS_FORGET_STATE:
+        return
     if prompt_length(generation_config, model_kwargs) > chunk:
         generation_config.prefill_chunk_size = chunk
+
+
+def _is_text_only(model_kwargs: dict) -> bool:
+    """Whether nothing but tokens came. Images, in whatever form, may see each other across the edge of a chunk."""
+    others = [value for name, value in model_kwargs.items() if name not in TEXT_INPUTS]
+    return not any(isinstance(x, Tensor) or (x and not isinstance(x, (bool, int, float, str))) for x in others)
 
 
 def _install() -> None:
@@ -134,7 +151,7 @@ def _install() -> None:
         try:
             return assisted(self, *args, **kwargs)
         finally:  # from here on tokens stay, and are evicted
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get(CACHE_NAME)
             if isinstance(cache, FixedSizeDynamicCache):
                 cache.stop_past_recording()
 

@@ -169,7 +169,7 @@ class FixedSizeLayer(Slots):
         self.group = weights.shape[1] // H
         if Q == 1:
             new = self._write_facts(stage)
-            likeness = stage.keys * new["key_scales"][..., None].to(self.dtype) @ stage.all_keys.mT
+            likeness = score_rule.unit_keys(stage.keys, new["key_scales"]) @ stage.all_keys.mT
             self._fold_one(stage, new, weights, likeness[:, :, 0])
         else:
             self._fold_many(stage, functools.partial(_add_weights, weights))
@@ -217,7 +217,7 @@ class FixedSizeLayer(Slots):
         (B, H, _, D), T = stage.keys.shape, stage.all_keys.shape[2] - 1
         new = self._write_facts(stage)
         # The new key is one more query: its products with the keys say how alike they are.
-        unit_key = stage.keys * new["key_scales"][..., None].to(self.dtype)
+        unit_key = score_rule.unit_keys(stage.keys, new["key_scales"])
         products = (
             torch.cat([rule.scaled(query).reshape(B, H, -1, D), unit_key], dim=2) @ stage.all_keys.mT
         )  # [B, H, G + 1, T + 1]
@@ -295,8 +295,9 @@ class FixedSizeLayer(Slots):
         state = {name: torch.cat([getattr(self, name)[:, :, :T], x], dim=2) for name, x in new.items()}
         add_votes(state["scores"], *score_rule.query_weights(valid, self.settings.score_decay))
         if self.settings.redundancy > 0:
-            positions = new["positions"][:, 0]
-            score_rule.raise_redundancy(state["redundancy"], stage.all_keys, state["positions"], stage.keys, positions)
+            old = (state[name] for name in ("redundancy", "key_scales", "positions"))
+            units = score_rule.unit_keys(stage.keys, new["key_scales"])
+            score_rule.raise_redundancy(*old, stage.all_keys, units, new["positions"][:, 0])
         self.seen += valid.sum(-1, dtype=torch.int32)
         keys, values = stage.all_keys, stage.all_values
         if T + Q > N:

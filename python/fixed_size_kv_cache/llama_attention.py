@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
+from ._compat import Cache
 from .attention import LogitRule
 from .dynamic_cache import FixedSizeDynamicCache, trained_positions
 
@@ -26,17 +27,21 @@ def forward(
     attention_mask: Tensor | None = None,
     past_key_values: Any = None,
     cache_position: Tensor | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one LLaMA layer over a cache of fixed size.
 
-    Takes the arguments of every supported version of transformers (the cache was called ``past_key_value`` before
-    4.56) and returns what all of them expect: the output ``[B, Q, hidden]`` and, if ``output_attentions`` asks for
-    them, the attention weights ``[B, Hq, Q, columns]`` over what the cache held in this step. A stock ``DynamicCache``
+    Takes the arguments of every supported version of transformers (``past_key_value`` before 4.56, ``cache`` from 5.24
+    on) and returns what all of them expect: the output ``[B, Q, hidden]`` and, if ``output_attentions`` asks for them,
+    the attention weights ``[B, Hq, Q, columns]`` over what the cache held in this step. A stock ``DynamicCache``
     becomes one of ours. Without a cache it is the stock forward.
     """
-    cache = past_key_values if past_key_values is not None else kwargs.pop("past_key_value", None)
+    given = (cache, past_key_values, kwargs.pop("past_key_value", None))
+    cache = next((x for x in given if x is not None), None)
     if cache is None:
+        if unknown := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
+            raise TypeError(f"LlamaAttention: the cache must be called cache or past_key_values; got {unknown[0]}")
         kwargs = {"cache_position": cache_position, **kwargs} if cache_position is not None else kwargs
         return _stock_forward(self, hidden_states, position_embeddings, attention_mask, **kwargs)
     if self.training and self.attention_dropout > 0:

@@ -29,7 +29,10 @@ def read_spans(spans: Sequence | None, settings: FixedSizeCacheConfig) -> list[l
         for span in row:
             _check_span(span)
         sinks, recent = settings.sink_tokens, settings.recent_tokens
-        more = len({p for start, stop in row for p in range(max(start, sinks), stop)})
+        more, end = 0, sinks  # positions beyond the sinks, each counted once
+        for start, stop in sorted(row):
+            more += max(0, stop - max(start, end))
+            end = max(end, stop)
         if sinks + recent + more > settings.slots:
             raise ValueError(
                 f"protected_spans must leave room in the {settings.slots} tokens that are held; got {sinks} sink_tokens"

@@ -69,22 +69,27 @@ def least(eviction: Tensor, positions: Tensor) -> Tensor:
     return positions.masked_fill(others, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)
 
 
+def unit_keys(keys: Tensor, key_scales: Tensor) -> Tensor:
+    """Keys ``[B, H, Q, D]`` scaled to length 1 in float32, where 1 over a small norm is no overflow, and in their own
+    type, so that one new key and many compare with others alike."""
+    return (keys * key_scales[..., None]).to(keys.dtype)
+
+
 def raise_redundancy(
     redundancy: Tensor,  # [B, H, S], in place
-    keys: Tensor,  # [B, H, S, D]
+    key_scales: Tensor,  # [B, H, S], 1 over the norms of the keys
     positions: Tensor,  # [B, H, S]
-    new_keys: Tensor,  # [B, H, Q, D]
+    keys: Tensor,  # [B, H, S, D]
+    new_keys: Tensor,  # [B, H, Q, D], of length 1
     new_positions: Tensor,  # [B, Q]
 ) -> None:
     """Raises each token's redundancy to its largest cosine with a newer one of the new keys. Pads change nothing."""
-    own = torch.nn.functional.normalize(keys.float(), dim=-1)
-    new = torch.nn.functional.normalize(new_keys.float(), dim=-1)
-    for start in range(0, new.shape[2], COSINE_BLOCK):
+    for start in range(0, new_keys.shape[2], COSINE_BLOCK):
         block = slice(start, start + COSINE_BLOCK)
-        cosine = own @ new[:, :, block].mT  # [B, H, S, block]
+        cosine = (keys @ new_keys[:, :, block].mT) * key_scales[..., None]  # [B, H, S, block]
         newer = new_positions[:, None, None, block] > positions[..., None]
-        largest = torch.where(newer, cosine, 0.0).amax(-1)
-        torch.maximum(redundancy, largest, out=redundancy)
+        largest = cosine.masked_fill_(~newer, 0.0).amax(-1)
+        torch.maximum(redundancy, largest.float(), out=redundancy)
 
 
 def _hash(positions: Tensor) -> Tensor:

@@ -142,7 +142,9 @@ class Slots(DynamicLayer):
         for name in ("seen", "columns_on_device", *SKIPPED):
             if hasattr(self, name):
                 getattr(self, name).zero_()
-        self.spans = spans_as_tensor(self.protected_spans, self.seen.shape[0], self.device)  # rows were reordered
+        self.is_initialized = self.seen.shape[0] % len(self.protected_spans) == 0  # else another batch is to come
+        if self.is_initialized:
+            self.spans = spans_as_tensor(self.protected_spans, self.seen.shape[0], self.device)  # rows were reordered
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.is_initialized:

@@ -329,11 +329,11 @@ def test_past_the_trained_context_it_warns_once(passed):
     cache = FixedSizeDynamicCache(config=model.config, cache_size=8) if passed else DynamicCache()
     with recipe():
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             feed(model, cache, ids, [20])
             feed(model, cache, ids[:, :10], [1] * 10)
         with pytest.warns(UserWarning, match="longer than the 30 tokens that the model was trained to read"):
             feed(model, cache, ids[:, :1], [1])
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error", UserWarning)
             feed(model, cache, ids[:, :1], [1])

@@ -275,3 +275,39 @@ def test_the_literal_sum_warns_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         FixedSizeDynamicCache(cache_size=8, include_skipped=True, skipped_mode="sum")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_likeness_is_the_same_in_one_step_and_in_many(dtype):
+    """A key of zeros among them: 1 over its length is more than float16 can hold."""
+    keys = torch.randn(1, 2, 30, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keys[:, :, 5] = 0
+    rule = LogitRule(0.5)
+    single, chunk = FixedSizeDynamicCache(cache_size=30), FixedSizeDynamicCache(cache_size=30)
+    for i in range(30):
+        key = keys[:, :, i : i + 1]
+        single.update(key, key, 0)
+        single.attend(0, key, None, rule)
+    chunk.update(keys, keys, 0)
+    chunk.attend(0, keys, None, rule)
+    one, many = (cache.layers[0].redundancy[:, :, :30] for cache in (single, chunk))
+    assert one.isfinite().all() and one.max() > 0.9
+    torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_does_not_see_the_entry_of_the_evicted():
+    """Nor is its share of attention counted, whatever the padding holds."""
+    tokens, rule = torch.randn(1, 1, 8, 4, generator=torch.Generator().manual_seed(0)), LogitRule(0.5)
+    for queries in (3, 1):
+        cache = FixedSizeDynamicCache(cache_size=4, include_skipped=True)
+        cache.update(tokens, tokens, 0)
+        cache.attend(0, tokens, None, rule)
+        new = tokens[:, :, :queries].clone()
+        new[:, :, 0] = float("nan")
+        valid = torch.ones(1, queries, dtype=torch.bool)
+        valid[0, 0] = False
+        cache.update(new, new, 0)
+        output = cache.attend(0, new, valid, rule)
+        assert (output[:, :, 0] == 0).all()
+        lost = cache.lost_attention(0)
+        assert (lost == 0).all() if queries == 1 else ((lost > 0) & (lost < 1)).all()

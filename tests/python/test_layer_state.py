@@ -65,6 +65,8 @@ def test_a_span_list_stands_for_its_expanded_rows():
             ValueError,
             r"room in the 4 tokens that are held; got 1 sink_tokens \+ 2 recent_tokens \+ 2 tokens of",
         ),
+        ([(0, 2), (1, 3), (1, 2)], ValueError, r"recent_tokens \+ 2 tokens of"),  # each is counted once
+        ([(0, 10**12)], ValueError, r"\+ 999999999999 tokens of"),
         ([(3, 3)], ValueError, r"must have 0 <= start < stop; got \(3, 3\)"),
         ([(-1, 3)], ValueError, "must have 0 <= start < stop"),
         ([(1, 2.5)], TypeError, r"must be pairs \(start, stop\) of whole numbers; got \(1, 2.5\)"),
@@ -75,6 +77,22 @@ def test_a_span_list_stands_for_its_expanded_rows():
 def test_spans_are_checked(spans, error, text):
     with pytest.raises(error, match=text):
         FixedSizeDynamicCache(cache_size=4, sink_tokens=1, recent_tokens=2, protected_spans=spans)
+
+
+def test_after_reset_a_list_for_each_row_may_meet_another_batch():
+    x = torch.randn(4, 2, 5, 3)
+    cache = FixedSizeDynamicCache(cache_size=6, protected_spans=[[(1, 3)], [(2, 4)]], **FREE)
+    step(cache, x[:2], x[:2], torch.rand(2, 2, 5, 5))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 1, 2]))
+    cache.reset()
+    step(cache, x, x, torch.rand(4, 2, 5, 5))
+    assert cache.layers[0].scores[:, 0, :5].isinf().tolist() == [
+        [False, True, True, False, False],
+        [False, True, True, False, False],
+        [False, False, True, True, False],
+        [False, False, True, True, False],
+    ]
 
 
 # ---- tokens taken back -----------------------------------------------------------------------------------------------

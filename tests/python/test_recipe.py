@@ -311,8 +311,9 @@ def test_a_user_forward_as_the_readme_shows():
 
     from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
-        cache = past_key_values if past_key_values is not None else kwargs.pop("past_key_value", None)
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
+        given = (kwargs.get(name) for name in ("cache", "past_key_values", "past_key_value"))
+        cache = next(x for x in given if x is not None)
         B, Q, _ = hidden_states.shape
         query, key, value = (
             p(hidden_states).view(B, Q, -1, self.head_dim).transpose(1, 2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from llamas import tiny_llama, tokens
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
@@ -130,3 +130,45 @@ def test_a_copy_made_in_inference_mode_can_be_used_outside():
             assert torch.equal(
                 model(ids[:, :1], past_key_values=copied).logits, model(ids[:, :1], past_key_values=cache).logits
             )
+
+
+def test_one_mask_may_come_with_every_part_of_a_text():
+    """Longer than what has been seen: stock attention reads its columns by position."""
+    model, ids = tiny_llama(), tokens(2, 24)
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    @torch.no_grad()
+    def logits(cache) -> torch.Tensor:
+        parts = [slice(start, start + 8) for start in (0, 8, 16)]
+        seen = [
+            model(ids[:, p], attention_mask=mask, position_ids=positions[:, p], past_key_values=cache).logits
+            for p in parts
+        ]
+        return torch.cat(seen, dim=1)[mask.bool()]
+
+    expected = logits(DynamicCache(config=model.config))
+    with enable(model, cache_size=64):
+        actual = logits(FixedSizeDynamicCache(config=model.config, cache_size=64))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_under_autocast_values_are_narrower_than_keys():
+    model, ids = tiny_llama(torch.float32), tokens(1, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.generate(ids, max_new_tokens=20, pad_token_id=0)
+        with enable(model, cache_size=64):
+            assert torch.equal(model.generate(ids, max_new_tokens=20, pad_token_id=0), expected)
+        with enable(model, cache_size=12):
+            model.generate(ids, max_new_tokens=20, pad_token_id=0)
+    cache = FixedSizeDynamicCache(cache_size=12)
+    with pytest.raises(TypeError, match=r"values must have the type of keys, torch\.bfloat16"):
+        cache.update(torch.ones(1, 1, 1, 4, dtype=torch.bfloat16), torch.ones(1, 1, 1, 4), 0)
+
+
+def test_a_second_cache_in_generate_is_refused():
+    """Classifier-free guidance runs the model by itself."""
+    model = tiny_llama()
+    with enable(model, cache_size=64), pytest.raises(NotImplementedError, match="guidance_scale must be 1"):
+        model.generate(tokens(1, 20), guidance_scale=1.5, max_new_tokens=5)

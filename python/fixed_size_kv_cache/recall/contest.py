@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from .._compat import CACHE_NAME
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..llama_attention import bind
 from . import MODEL, language
@@ -65,7 +66,7 @@ class Contender:
         """Reads texts ``[B, L]`` one word at a time; after each its guess of the next, ids ``[B]``."""
         for at in range(ids.shape[1]):
             began = time.perf_counter()
-            logits = self.model(ids[:, at : at + 1], past_key_values=self.cache, use_cache=True).logits
+            logits = self.model(ids[:, at : at + 1], use_cache=True, **{CACHE_NAME: self.cache}).logits
             guess = logits[:, -1].argmax(-1)
             self.seconds += time.perf_counter() - began
             yield guess
