@@ -2,6 +2,10 @@
 """Timing side by side, and results that say where they come from.
 
 Machines are noisy, so contenders take turns within one process and only their ratios are worth quoting.
+
+    fsdc demo --json | python benchmarks/python/harness.py benchmarks/results/demo.json
+
+writes what a command found, with the block that says on which machine.
 """
 
 import json
@@ -90,3 +94,7 @@ def _commit() -> str:
 def write(path: Path, result: dict[str, object]) -> None:
     path.write_text(json.dumps({"machine": machine(), **result}, indent=2) + "\n")
     print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]), json.load(sys.stdin))

@@ -10,6 +10,8 @@ import json
 import re
 from pathlib import Path
 
+import noise
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
 DOCUMENTS = ("README.md", "docs/eviction.md")
@@ -103,7 +105,7 @@ KNOBS = {  # a name of benchmarks/quality/sweep.py, and what the table calls it
 
 def knobs() -> str:
     """Each knob of the score rule by itself, and the baselines."""
-    found = {(row["rule"], row["cache_size"]): row for row in _read("score_rule")}
+    found = {(row["rule"], row["cache_size"]): row for row in _read("score_rule")["rows"]}
     sizes = sorted({size for _, size in found})
     rows = []
     for name, shown in KNOBS.items():
@@ -111,6 +113,30 @@ def knobs() -> str:
         recall = [" / ".join(_share(share) for share in case["recall"].values()) for case in cases]
         rows.append([shown, *(f"{case['kl']:.4f}".lstrip("0") for case in cases), *recall])
     return _table(["rule", *(f"KL, C={size}" for size in sizes), *(f"recall, C={size}" for size in sizes)], rows)
+
+
+def rivals() -> str:
+    """What comes close to the default, with the noise of each difference; what is within it is in brackets."""
+    result, found = _read("rivals"), {}
+    for row in result["rows"]:
+        found.setdefault(row["rule"], []).append(row)
+    default, rows = found["default"], []
+    for name, own in found.items():
+        share = sum(sum(row["recall"].values()) / len(row["recall"]) for row in own) / len(own)
+        differences = (noise.of_recall(own, default), "points"), (noise.of_divergence(own, default), "%")
+        cells = ["" if own is default else _difference(found, unit) for found, unit in differences]
+        rows.append([f"**{name}**" if own is default else name, f"{share:.3f}".lstrip("0"), *cells])
+    head = ["rule", "recall", "recall, to the default", "KL, to the default"]
+    return _table(head, rows) + (
+        f"\n\n{result['texts']} texts of each task, {result['stories']} stories, none of them those that the defaults "
+        "were chosen on; means over tasks and sizes, of KL the geometric one; ± one standard error, in brackets where "
+        "the difference is below two."
+    )
+
+
+def _difference(difference: noise.Difference, unit: str) -> str:
+    shown = f"{difference.value:+.1f} ± {difference.error:.1f} {unit}"
+    return shown if difference.is_real else f"({shown})"
 
 
 def _share(share: float) -> str:

@@ -3,10 +3,15 @@
 """Judges the knobs of the score rule: recall of the embedded model and divergence on stories260K.
 
     python benchmarks/quality/sweep.py --json benchmarks/results/score_rule.json
+    python benchmarks/quality/sweep.py --rivals --texts 64 --stories 64 --seed 2 --json benchmarks/results/rivals.json
 
 Every combination reads the same texts at every size. Recall: the share of questions answered right, per task.
 Divergence: mean KL of the next token from the full cache's, where the model is at hand (see tests/python/stories.py).
 Decay, prior and redundancy are tried together, the other knobs one at a time. Twenty minutes on two cores.
+
+``--rivals`` tries only the default and what came close to it, on texts that no default was chosen on, and keeps the
+figures of each text: how much of a difference is noise follows from them (benchmarks/python/noise.py). Seven minutes of
+one core.
 """
 
 import argparse
@@ -15,6 +20,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import transformers
@@ -23,7 +29,7 @@ from fixed_size_kv_cache.recall import contest, language
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests/python"))
+sys.path[:0] = [str(ROOT / "tests/python"), str(ROOT / "benchmarks/python")]
 
 SIZES = (24, 48, 96)
 FORGETTING = (0.0, 1.0, 2.0, 4.0, 8.0)  # a in gamma = 1 - a / C
@@ -55,6 +61,27 @@ def combinations(C: int) -> list[tuple[str, dict]]:
     return tried
 
 
+def rivals(C: int) -> list[tuple[str, dict]]:
+    """(name, settings) of what the full sweep shows close to the default, or better on one of the measures."""
+    return [
+        ("default", {}),
+        ("C/8 recent", dict(recent_tokens=C // 8)),
+        ("C/2 recent", dict(recent_tokens=C // 2)),
+        ("p = .02", dict(score_prior=0.02)),
+        ("p = .1", dict(score_prior=0.1)),
+        ("gamma = 1 - 2/C", dict(score_decay=1 - 2 / C)),
+        ("gamma = 1 - 2/C, p = .1", dict(score_decay=1 - 2 / C, score_prior=0.1)),
+        ("gamma = 1 - 8/C", dict(score_decay=1 - 8 / C)),
+        ("rho = .9", dict(redundancy=0.9)),
+        ("rho = 1", dict(redundancy=1.0)),
+        ("no value weight", dict(value_weight=False)),
+        ("2 sinks", dict(sink_tokens=2)),
+        ("1 sink", dict(sink_tokens=1)),
+        ("1 sink, C/8 recent", dict(sink_tokens=1, recent_tokens=C // 8)),
+        ("no sinks", dict(sink_tokens=0)),
+    ]
+
+
 class Recall:
     """Texts of all three tasks, read at once."""
 
@@ -62,15 +89,17 @@ class Recall:
         made = [contest.make_texts(task, length, texts, seed) for task in language.TASKS]
         self.texts, self.ids = [texts for texts, _ in made], torch.cat([ids for _, ids in made])
 
-    def judge(self, cache_size: int, settings: dict) -> dict[str, float]:
+    def judge(self, cache_size: int, settings: dict) -> dict[str, list[tuple[int, int]]]:
+        """For each text of each task: questions answered right, and all."""
         reader = contest.Contender.make("fixed size", cache_size, **settings)
-        guesses = torch.stack(list(reader.read(self.ids)), dim=1)
-        found, start = {}, 0
-        for task, texts in zip(language.TASKS, self.texts, strict=True):
-            rows = slice(start, start + len(texts))
-            right, asked = contest.count_right(texts, self.ids[rows], guesses[rows])
-            found[task], start = round(right / asked, 4), start + len(texts)
-        return found
+        guesses = torch.stack(list(reader.read(self.ids)), dim=1).split([len(texts) for texts in self.texts])
+        ids = self.ids.split([len(texts) for texts in self.texts])
+        return {
+            task: [
+                contest.count_right([text], ids[None], guess[None]) for text, ids, guess in zip(*of_task, strict=True)
+            ]
+            for task, *of_task in zip(language.TASKS, self.texts, ids, guesses, strict=True)
+        }
 
 
 def main() -> None:
@@ -78,26 +107,40 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write what was found")
     parser.add_argument("--length", type=int, default=512, help="words of a text")
     parser.add_argument("--texts", type=int, default=24, help="texts of each task")
+    parser.add_argument("--stories", type=int, default=16, help="stories that the divergence is measured on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--rivals", action="store_true", help="only what comes close to the default, text by text")
     arguments = parser.parse_args()
+    from harness import machine
+
     recall = Recall(arguments.length, arguments.texts, arguments.seed)
-    divergence = story_divergence()
+    divergence = story_divergence(arguments.stories, arguments.seed - 1)  # seed 1 tells the stories of the tests
+    asked = {name: getattr(arguments, name) for name in ("length", "texts", "stories", "seed")}
     found, began = [], time.time()
     for cache_size in arguments.sizes:
-        for name, settings in combinations(cache_size):
+        for name, settings in (rivals if arguments.rivals else combinations)(cache_size):
             full = FixedSizeCacheConfig(cache_size=cache_size, **settings)
             knobs = {knob: getattr(full, knob) for knob in KNOBS} if full.policy == "attention" else {}
-            row = dict(cache_size=cache_size, rule=name, **knobs, recall=recall.judge(cache_size, settings))
-            row["kl"] = divergence(cache_size, settings) if divergence else None
+            answers, kl = recall.judge(cache_size, settings), divergence(cache_size, settings) if divergence else None
+            shares = {task: _share(pairs) for task, pairs in answers.items()}
+            row = dict(cache_size=cache_size, rule=name, **knobs, recall=shares, kl=kl and round(fmean(kl), 5))
+            if arguments.rivals:
+                row |= dict(answers=answers, kl_of_stories=kl and [round(x, 6) for x in kl])
             found.append(row)
-            print(f"{time.time() - began:5.0f} s  C={cache_size}  {name}  {row['recall']}  KL {row['kl']}", flush=True)
+            print(f"{time.time() - began:5.0f} s  C={cache_size}  {name}  {shares}  KL {row['kl']}", flush=True)
             if arguments.json:
-                arguments.json.write_text("[\n" + ",\n".join(json.dumps(row) for row in found) + "\n]\n")
+                rows = ",\n".join(json.dumps(row) for row in found)
+                head = json.dumps({"machine": machine(), **asked, "rows": []})
+                arguments.json.write_text(head.replace("[]", f"[\n{rows}\n]") + "\n")
 
 
-def story_divergence():
-    """What measures the divergence on stories260K, None where the model is missing."""
+def _share(pairs: list[tuple[int, int]]) -> float:
+    return round(sum(right for right, _ in pairs) / sum(asked for _, asked in pairs), 4)
+
+
+def story_divergence(stories: int, seed: int):
+    """What measures the divergence on stories260K, one figure per story; None where the model is missing."""
     from stories import FOLDER
 
     if not FOLDER.exists():
@@ -105,8 +148,8 @@ def story_divergence():
         return None
     import test_quality
 
-    told = test_quality.tell()
-    return lambda cache_size, settings: round(test_quality.divergence(told, cache_size, **settings), 5)
+    told = test_quality.tell(stories, seed)
+    return lambda cache_size, settings: test_quality.divergences(told, cache_size, **settings).tolist()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 import json
 import platform
 import sys
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,9 @@ from ._load import BUILD
 from ._operators import OPERATORS
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="A KV cache of fixed size for Hugging Face transformers."
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug prints Python's own traceback
 )
 
 
@@ -33,6 +36,21 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fsdc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fsdc(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """A KV cache of fixed size for Hugging Face transformers."""
 
 
 @app.command()
@@ -51,7 +69,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 @app.command()
 def demo(
     task: Annotated[Task, typer.Option(help="What the live part reads; the table shows all three.")] = Task.zipf,
-    cache_size: Annotated[int, typer.Option(min=2, max=256, help="Tokens per layer and KV head.")] = 48,
+    cache_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens per layer and KV head.")] = 48,
     length: Annotated[int, typer.Option(min=128, max=512, help="Words of a text; the model learned from 512.")] = 512,
     seed: Annotated[int, typer.Option(help="Chooses the texts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -67,7 +85,7 @@ def demo(
 def generate(
     stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="- reads the prompt from standard input.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or Hub name; else the embedded model.")] = None,
-    cache_size: Annotated[int, typer.Option(help="Tokens per layer and KV head.")] = 1024,
+    cache_size: Annotated[int, typer.Option(min=1, help="Tokens per layer and KV head.")] = 1024,
     prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A file with that text, - for standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
@@ -138,4 +156,6 @@ def collect() -> dict[str, str | list[str]]:
 
 def main() -> None:
     """The entry point of ``fsdc`` and ``python -m fixed_size_kv_cache``."""
+    # Without the place in the code, which Python would print too.
+    warnings.formatwarning = lambda message, *_, **__: f"fsdc: {' '.join(str(message).split())}\n"
     app(prog_name="fsdc")

@@ -3,32 +3,31 @@
 
 import inspect
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+from transformers import DynamicCache, TextStreamer
 
 from ._compat import CACHE_NAME, DynamicLayer
 from ._versions import OLDEST_INTERFACE, has_interface
 from .dynamic_cache import FixedSizeDynamicCache
 from .layer import FixedSizeLayer
-from .recall import MODEL
+from .loading import Refused, learned_positions, load, one_line
+from .recall import MODEL, one_thread
 from .settings import FixedSizeCacheConfig
 
 CHUNK = 512  # tokens of a prompt that are read at a time, at least
-
-
-class Refused(Exception):
-    """What the user asked for cannot be done; the text says why."""
+# What torch's allocators say, of the CPU and of CUDA; only the latter has a class of its own.
+OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
 
 
 @dataclass
@@ -45,38 +44,16 @@ class Written:
 
     def line(self) -> str:
         return (
-            f"{self.tokens_seen} tokens seen, {self.tokens_held} held by each layer and KV head; cache "
-            f"{size(self.cache_bytes)}, in full {size(self.full_cache_bytes)}; {self.tokens_per_second:.1f} tokens/s"
+            f"{self.tokens_seen} tokens seen, {self.tokens_held} held by each layer and KV head; "
+            f"cache {size(self.cache_bytes)} allocated, in full {size(self.full_cache_bytes)}; "
+            f"{self.tokens_per_second:.1f} tokens/s"
         )
-
-
-def load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer: a folder, a name on the Hub, or None for the embedded model.
-
-    Raises:
-        Refused: where there is no such model, where it is not a decoder, or where it cannot be reached.
-    """
-    where = str(MODEL) if name is None else name
-    if name is not None and Path(name).is_dir() and not (Path(name) / "config.json").exists():
-        raise Refused(f"--model must be a folder with a config.json or a name on the Hub; {name} has no config.json")
-    try:
-        torch.zeros(1).to(device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Refused(f"--device {device}: {str(error).strip()}") from error
-    try:
-        config = AutoConfig.from_pretrained(where)
-        if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
-            raise Refused(f"--model must be a decoder-only language model; {where} is {config.model_type}")
-        tokenizer = AutoTokenizer.from_pretrained(where)
-        return AutoModelForCausalLM.from_pretrained(where, dtype=dtype).to(device).eval(), tokenizer
-    except Refused:
-        raise
-    except Exception as error:  # missing, damaged, unreachable, too large: transformers has no common class for them
-        raise Refused(f"--model {where}: {str(error).strip()}") from error
 
 
 def encode(tokenizer: Any, prompt: str, chat: bool, embedded: bool) -> Tensor:
     """The prompt as ids ``[1, Q]``."""
+    if not prompt or (embedded and not prompt.strip()):
+        raise Refused("the prompt must have at least one token; got none")
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise Refused("--chat needs a model with a chat template; this tokenizer has none")
@@ -94,8 +71,8 @@ def encode(tokenizer: Any, prompt: str, chat: bool, embedded: bool) -> Tensor:
         words = [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(prompt)]
         if unknown := sorted(set(words) - tokenizer.get_vocab().keys()):
             raise Refused(
-                f"the embedded model knows {len(tokenizer)} words (fsdc demo shows them); not {', '.join(unknown)}. "
-                "Try 'the code of maple is 47 . what is the code of maple ?', or another --model"
+                f"the embedded model knows the {len(tokenizer)} words in {MODEL / 'tokenizer.json'}; not "
+                f"{', '.join(unknown)}. Try 'the code of maple is 47 . what is the code of maple ?', or another --model"
             )
     return ids
 
@@ -123,8 +100,8 @@ def write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, max_new_tokens: i
 
 
 def account(cache: Any) -> tuple[int, int, int, int]:
-    """Tokens seen, the most that a layer that could grow holds, and the bytes of keys and values: now, and if nothing
-    were evicted. Layers with a window, or without keys, are the same in both."""
+    """Tokens seen, the most that a layer that could grow holds, and bytes: all that the cache has allocated, and the
+    keys and values if nothing were evicted. Layers with a window, or without keys, are the same in both."""
     seen, held, now, full = cache.get_seq_length(), 0, 0, 0
     for layer in cache.layers:
         own = isinstance(layer, FixedSizeLayer)
@@ -137,7 +114,7 @@ def account(cache: Any) -> tuple[int, int, int, int]:
             held = max(held, pair[0].shape[2])
             count = count // pair[0].shape[2] * seen
         full += count
-    return seen, held, now, full
+    return seen, held, cache.nbytes if isinstance(cache, FixedSizeDynamicCache) else now, full
 
 
 def size(count: int) -> str:
@@ -200,19 +177,23 @@ def run(
         raise Refused(f"fsdc generate needs transformers>={OLDEST_INTERFACE}; before that use the recipe for LLaMA")
     from .enabling import enable
 
-    try:
+    with _said_in_words(cache_size), one_thread() if name is None else nullcontext():
         settings = FixedSizeCacheConfig(cache_size=cache_size)
         model, tokenizer = load(name, dtype, device)
         ids = encode(tokenizer, prompt, chat, embedded=name is None)
+        _check_positions(model, ids.shape[1], max_new_tokens)
+        cache = FixedSizeDynamicCache(config=model.config, settings=settings)
+        if not any(isinstance(layer, FixedSizeLayer) for layer in cache.layers):
+            raise Refused(
+                f"--model must have a cache of keys and values that grows; {model.config.model_type} has none"
+            )
         with enable(model, settings=settings):
-            cache = FixedSizeDynamicCache(config=model.config, settings=settings)
             ours = write(model, tokenizer, ids, cache, max_new_tokens, show=not as_json)
         full = None
         if compare:
+            print("the full cache is writing, to compare", file=sys.stderr)
             stock = DynamicCache(config=model.config)
             full = write(model, tokenizer, ids, stock, max_new_tokens, show=False)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise Refused(str(error)) from error
     parts = parting(ours.tokens, full.tokens) if full else None
     if as_json:
         facts = {"model": name or "embedded", "cache_size": cache_size, "prompt_tokens": ids.shape[1], **vars(ours)}
@@ -224,6 +205,31 @@ def run(
     if full:
         print(f"full cache: {full.line()}", file=sys.stderr)
         print(_parting_line(tokenizer, ours, full, parts), file=sys.stderr)
+
+
+@contextmanager
+def _said_in_words(cache_size: int) -> Iterator[None]:
+    """What can go wrong for reasons of the user's is refused; all else is a bug, and raises."""
+    try:
+        yield
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise Refused(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        raise Refused(
+            f"out of memory: {one_line(error)[:160]}; try a smaller --cache-size than {cache_size}, a shorter prompt, "
+            "or --dtype bfloat16"
+        ) from error
+
+
+def _check_positions(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
+    positions = learned_positions(model)
+    if positions is not None and prompt_tokens + max_new_tokens - 1 > positions:  # the last token is not read
+        raise Refused(
+            f"prompt and new tokens must fit the {positions} positions that {model.config.model_type} has learned; got "
+            f"{prompt_tokens} and {max_new_tokens}. Try a smaller --max-new-tokens, or a shorter prompt"
+        )
 
 
 def _parting_line(tokenizer: Any, ours: Written, full: Written, parts: int | None) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fsdc demo``: what it prints, in a terminal and not, and that its figures are the committed ones."""
 
+import io
 import json
 import os
 import re
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
 from fixed_size_kv_cache import cli
-from fixed_size_kv_cache.recall import contest
+from fixed_size_kv_cache.recall import contest, demo_view
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--length", "160", "--cache-size", "24")
@@ -32,8 +34,9 @@ def test_plain_lines_where_there_is_no_terminal():
     )
     assert len(questions) >= 5 and all(code == answer for _, code, answer in questions)
     assert f"right {len(questions)}, tokens_held 160, tokens_seen 160, cache_bytes 163840" in said
-    assert "tokens_held 24, tokens_seen 160, cache_bytes 24576" in said
+    assert "tokens_held 24, tokens_seen 160, cache_bytes 27632" in said
     assert "\x1b" not in said
+    assert "Questions answered right in texts of 160 words, by tokens held\n" in said
     for word in ("needle", "zipf", "recency", *contest.NAMES):
         assert word in said
 
@@ -46,10 +49,33 @@ def test_live_in_a_terminal():
     assert "A small LLaMA reads 160 words" in said and "sliding window" in said
 
 
+def test_plain_lines_in_a_small_terminal():
+    command = [sys.executable, "-m", "fixed_size_kv_cache", "demo", *SHORT]
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "60", "LINES": "12"}
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **terminal}).stdout
+    assert "A small LLaMA reads" not in said and re.search(r"^word \d+: what is", said, re.MULTILINE)
+    assert "tokens_held 24, tokens_seen 160, cache_bytes 27632" in said
+
+
+def test_the_picture_fits_into_the_terminal():
+    """One line per contender at 80 columns, explained where there is room; else plain lines."""
+    *_, state = contest.race("zipf", 24, 160, 0)
+    for width, explains in ((80, False), (96, True), (200, True)):
+        console = Console(width=width, height=24, file=io.StringIO())
+        console.print(demo_view.picture(state, width))
+        lines = console.file.getvalue().splitlines()
+        assert len(lines) == demo_view.LINES + 2 + len(contest.NAMES) and max(map(len, lines)) <= width
+        assert "tokens held" in lines[6] and "tokens/s" in lines[6]
+        assert ("sliding window" in "".join(lines)) == explains
+    assert demo_view.fits(ConsoleDimensions(80, 24))
+    assert not demo_view.fits(ConsoleDimensions(60, 24)) and not demo_view.fits(ConsoleDimensions(80, 11))
+
+
 def test_json_and_seeds():
     threads = torch.get_num_threads()
     first, again, other = (json.loads(demo("--json", *SHORT, "--seed", seed)) for seed in ("3", "3", "4"))
     for found in (first, again, other):
+        assert found.pop("cpu_seconds") > 0
         for lane in found["live"]["contenders"]:
             assert lane.pop("tokens_per_second") > 0
     assert first == again != other
@@ -57,7 +83,10 @@ def test_json_and_seeds():
     assert {row["cache_size"] for row in first["recall"]} == {None, 12, 24, 48}
 
 
-@pytest.mark.parametrize("arguments, text", [(("--length", "4000"), "512"), (("--task", "haystack"), "needle")])
+@pytest.mark.parametrize(
+    "arguments, text",
+    [(("--length", "4000"), "512"), (("--cache-size", "0"), "--cache-size"), (("--task", "haystack"), "needle")],
+)
 def test_arguments_out_of_range(arguments, text):
     done = CliRunner().invoke(cli.app, ["demo", *arguments])
     assert done.exit_code == 2 and text in done.stderr
@@ -66,6 +95,7 @@ def test_arguments_out_of_range(arguments, text):
 def test_the_committed_figures():
     """One size of the table, on the same texts. Another machine may round otherwise."""
     committed = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    assert committed["cpu_seconds"] < 60  # of one thread, so the demo takes less than a minute
     size = committed["live"]["cache_size"]
     for rows in contest.compare([size], committed["length"], committed["seed"]):
         for row in rows:

@@ -2,28 +2,72 @@
 """What the documents show is what happens."""
 
 import doctest
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from fixed_size_kv_cache import dynamic_cache, enabling, reference, settings
+from fixed_size_kv_cache.recall import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 
 
-def test_readme_code_runs(monkeypatch):
+def blocks_of_readme(language: str) -> list[str]:
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert {found for found, _ in blocks} == {"python", "bash", "cpp"}  # each of which a test below runs
+    return [block for found, block in blocks if found == language]
+
+
+def test_readme_python_runs(monkeypatch):
     for name in ("FSDC_KV_CACHE_SIZE", "FSDC_INCLUDE_SKIPPED", "FSDC_FREE_MEMORY"):
         monkeypatch.setenv(name, "0")  # so that what the code sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(LlamaAttention, "forward", LlamaAttention.forward)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert blocks
     names = {}
-    for block in blocks:  # in one session, as a reader would
+    for block in blocks_of_readme("python"):  # in one session, as a reader would
         exec(compile(block, "README.md", "exec"), names)
+
+
+def test_readme_commands_run(tmp_path):
+    """As they stand there, but for what a test cannot do."""
+    install_and_show, run_tests, generate = blocks_of_readme("bash")
+
+    *installs, show = install_and_show.strip().split(" && ")
+    assert installs == ["pip install -U pip", "pip install -e ."]  # tests/run has done both, of this very checkout
+    *_, last = fsdc(f"{show} --length 128").splitlines()  # all of it takes a minute
+    assert last.strip()
+
+    assert os.access(ROOT / run_tests.strip(), os.X_OK)  # it runs this test, so this test cannot run it
+
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(vocab_size=212, **SMALL)).save_pretrained(tmp_path)
+    assert "path/or/hub-id" in generate
+    assert fsdc(generate.replace("path/or/hub-id", str(tmp_path)))
+
+
+def fsdc(command: str) -> str:
+    """What a command of ours writes to stdout."""
+    name, *arguments = shlex.split(command)
+    assert name == "fsdc"
+    command = [sys.executable, "-m", "fixed_size_kv_cache", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_readme_cpp_is_compiled():
+    """The test of the C++ library has the same lines, one after another."""
+    (block,) = blocks_of_readme("cpp")
+    tested = [line.strip() for line in (ROOT / "tests/cpp/ops/test_operators.cpp").read_text().splitlines()]
+    places = [tested.index(line) for line in block.splitlines() if line]
+    assert len(places) == 2 and places == sorted(places)
 
 
 def test_docstring_examples():

@@ -128,6 +128,17 @@ def test_the_tested_versions_of_transformers_are_those_of_the_pins():
         assert (ROOT / f"tests/versions/{version}.txt").read_text() == f"transformers=={version}\n"
 
 
+def test_version():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0 and result.stdout == f"fsdc {fixed_size_kv_cache.__version__}\n"
+
+
+def test_warnings_are_one_line_without_our_code():
+    command = "import warnings; from fixed_size_kv_cache import cli; cli.app = lambda **_: warnings.warn('so it\\n is')"
+    said = subprocess.run([sys.executable, "-c", f"{command}; cli.main()"], capture_output=True, text=True, check=True)
+    assert said.stderr == "fsdc: so it is\n"
+
+
 def test_info():
     result = CliRunner().invoke(cli.app, ["info"])
     assert result.exit_code == 0

@@ -82,10 +82,12 @@ class Contender:
 
     @property
     def bytes(self) -> int:
-        """What the keys and values of the tokens held take."""
+        """What the cache has allocated: keys and values, and what ours knows of each token."""
+        if isinstance(self.cache, FixedSizeDynamicCache):
+            return self.cache.nbytes
         config = self.model.config
         per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return self.held * per_token * self.model.dtype.itemsize
+        return self.seen * per_token * self.model.dtype.itemsize
 
 
 def count_right(texts: list[language.Stream], ids: Tensor, guesses: Tensor) -> tuple[int, int]:

@@ -2,39 +2,28 @@
 """``fsdc demo``: caches of the same size answer questions side by side, live, then in a table over tasks and sizes."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress import track
 
-from . import demo_view
+from . import demo_view, one_thread
 from .contest import NAMES, TEXTS, compare, race
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """So small a model is faster so, and figures do not depend on the number of cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @one_thread()
 def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> None:
     """The whole demonstration. In a terminal live, else as plain lines; with ``as_json`` one JSON object."""
-    sizes = [max(1, cache_size // 2), cache_size, 2 * cache_size]
+    began = time.process_time()
+    sizes = sorted({max(1, cache_size // 2), cache_size, 2 * cache_size})
     console = Console(stderr=as_json)
-    if console.is_terminal and not as_json:
+    is_live = console.is_terminal and not as_json and demo_view.fits(console.size)
+    if is_live:
         console.print(demo_view.introduction(task, cache_size, length), highlight=False)
         with Live(console=console, refresh_per_second=12) as live:
             for state in race(task, cache_size, length, seed):
-                live.update(demo_view.picture(state))
+                live.update(demo_view.picture(state, console.width))
     else:
         asked = 0
         for state in race(task, cache_size, length, seed):
@@ -54,9 +43,12 @@ def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> N
         for row in rows
     ]
     if as_json:
-        print(json.dumps({"length": length, "seed": seed, "live": state.facts(), "recall": rows}, indent=2))
+        seconds = round(time.process_time() - began, 1)  # of one thread
+        facts = {"length": length, "seed": seed, "cpu_seconds": seconds, "live": state.facts(), "recall": rows}
+        print(json.dumps(facts, indent=2))
         return
-    if not console.is_terminal:
+    if not is_live:
         for lane in state.facts()["contenders"]:
             print(", ".join(f"{name} {value}" for name, value in lane.items()))
-    console.print(demo_view.table(rows, sizes, length))
+    console.print(demo_view.title(length), highlight=False)
+    console.print(demo_view.table(rows, sizes))

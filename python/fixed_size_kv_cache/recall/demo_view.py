@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How ``fsdc demo`` looks."""
 
-from rich.console import Group
+from rich.console import ConsoleDimensions, Group
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -9,7 +9,8 @@ from rich.text import Text
 from . import language
 from .contest import NAMES, Race
 
-LINES, WIDTH = 5, 96  # of the text that scrolls by
+LINES, WIDTH = 5, 96  # of the text that scrolls by, at most
+EXPLAINS = 96  # columns from which on there is room to explain the contenders
 ANSWERS = 5
 ABOUT = {
     "needle": "a few facts at the start, filler, and each is asked for once, long after",
@@ -31,10 +32,15 @@ def introduction(task: str, cache_size: int, length: int) -> str:
     )
 
 
-def picture(state: Race) -> Group:
+def fits(size: ConsoleDimensions) -> bool:
+    """Whether a terminal has room for the picture."""
+    return size.width >= 80 and size.height >= LINES + 7
+
+
+def picture(state: Race, width: int) -> Group:
     """The text that scrolls by and a line for each contender."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("", "", f"last {ANSWERS} answers"):
+    table, explains = Table(box=None, pad_edge=False), width >= EXPLAINS
+    for name in ("", *[""] * explains, f"last {ANSWERS} answers"):
         table.add_column(name, no_wrap=True)
     for name in ("right", "tokens held", "of seen", "cache", "tokens/s"):
         table.add_column(name, justify="right")
@@ -45,7 +51,7 @@ def picture(state: Race) -> Group:
         given = Text(" ").join(Text(guess, "green" if guess == answer else "red strike") for guess, answer in last)
         table.add_row(
             Text(who.name, "bold"),
-            Text(EXPLAINED[who.name], "dim"),
+            *[Text(EXPLAINED[who.name], "dim")] * explains,
             given,
             f"{lane.right} of {state.asked}",
             str(who.held),
@@ -53,15 +59,15 @@ def picture(state: Race) -> Group:
             f"{who.bytes / 1024:.0f} KiB",
             f"{state.read / who.seconds:.0f}",
         )
-    return Group(Padding(_scroll(state), (0, 0, 1, 2)), table)
+    return Group(Padding(_scroll(state, min(WIDTH, width - 2)), (0, 0, 1, 2)), table)
 
 
-def _scroll(state: Race) -> Text:
+def _scroll(state: Race, width: int) -> Text:
     """The last lines of what was read; answers stand out."""
     answers = {at for at, _ in state.text.answers}
     lines, line = [], Text()
     for at, word in enumerate(state.text.words[: state.read]):
-        if len(line) + len(word) + 1 > WIDTH:
+        if len(line) + len(word) + 1 > width:
             lines.append(line)
             line = Text()
         line.append(word, "bold cyan" if at in answers else "").append(" ")
@@ -80,10 +86,15 @@ def line(state: Race) -> str:
     return f"word {state.read}: what is the code of {name} ? {answer} ({distance} words ago)  {given}"
 
 
-def table(rows: list[dict], sizes: list[int], length: int) -> Table:
+def title(length: int) -> str:
+    """Of the table, which is narrower and would wrap it."""
+    return f"Questions answered right in texts of {length} words, by tokens held"
+
+
+def table(rows: list[dict], sizes: list[int]) -> Table:
     """Recall of every rule, by task and size; the best of the capped ones in bold."""
     found = {(row["task"], row["rule"], row["cache_size"]): row["right"] / row["asked"] for row in rows}
-    made = Table(title=f"Questions answered right in texts of {length} words, by tokens held", title_justify="left")
+    made = Table()
     made.add_column("task")
     made.add_column("rule")
     for size in sizes:

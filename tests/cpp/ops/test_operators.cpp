@@ -29,6 +29,13 @@ TEST_CASE("truncate keeps the best tokens in order") {
   CHECK(out_values.equal(-out_keys));
 }
 
+TEST_CASE("README's call") {  // its very lines: tests/python/test_documents.py compares
+  const at::Tensor all_keys = at::zeros({1, 2, 2000, 4}), all_values = all_keys, scores = at::zeros({1, 2, 2000});
+  auto [keys, values, indices] = fsdc::truncate(all_keys, all_values, scores, /*cache_size=*/1024);
+  CHECK(keys.sizes() == values.sizes());
+  CHECK(indices.sizes() == at::IntArrayRef{1, 2, 1024});
+}
+
 TEST_CASE("truncate sums the skipped tokens") {
   const at::Device device = any_device();
   const at::Tensor scores = at::arange(4, at::TensorOptions(device).dtype(at::kFloat)).view({1, 1, 4});
