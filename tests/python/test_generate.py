@@ -16,7 +16,7 @@ from click.testing import Result
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache import cli
+from fixed_size_kv_cache import cli, generate
 from fixed_size_kv_cache.recall import MODEL
 
 QUESTION = "the code of maple is 47 . the old fox walks to the river . what is the code of maple ?"
@@ -62,6 +62,19 @@ def test_the_embedded_model_answers(how, tmp_path):
     assert (
         "24 tokens seen, 24 held by each layer and KV head; cache 1.1 MiB allocated, in full 24.0 KiB; " in done.stderr
     )
+
+
+def test_the_embedded_model_takes_one_thread(monkeypatch):
+    before, found, write = torch.get_num_threads(), [], generate.write
+    monkeypatch.setattr(
+        generate, "write", lambda *rest, **more: found.append(torch.get_num_threads()) or write(*rest, **more)
+    )
+    torch.set_num_threads(2)
+    try:
+        assert run("--prompt", QUESTION, "--max-new-tokens", "1").exit_code == 0
+        assert found == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_any_llama_folder_and_json(folder):
