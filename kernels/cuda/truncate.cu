@@ -32,8 +32,8 @@
 
 namespace fsdc::cuda {
 namespace {
-
 constexpr int kThreads = 512;
+}  // namespace
 
 // Asked once per thread and device: the answers do not change, and to ask costs as much as a launch.
 cudaError_t current_device(Device& device) {
@@ -60,8 +60,6 @@ cudaError_t current_device(Device& device) {
   device = properties;
   return error;
 }
-
-}  // namespace
 
 cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream) {
   return launch_truncate_kernel<kThreads>(params, plan, stream);

@@ -93,8 +93,8 @@ TEST_CASE("atomics: a wait for a block that never comes is an error") {
     const std::string error = error_of({.blocks = 2, .threads = 2}, [&] {
       while (blockIdx.x == 0 && atomicAdd(&flag, 0u) == 0) __nanosleep(10);
     });
-    CHECK_THAT(error, ContainsSubstring("deadlock") &&
-                          ContainsSubstring("block 0 threads 0 to 1 wait for another block, which does not come, at " +
-                                            poll));
+    CHECK_THAT(error,
+               ContainsSubstring("deadlock") &&
+                   ContainsSubstring("block 0 threads 0 to 1 wait for another block, which does not come, at " + poll));
   });
 }
