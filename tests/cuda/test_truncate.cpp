@@ -175,6 +175,13 @@ TEST_CASE("truncate: the sums of attention weights instead of scores") {
         check_truncate(which, expected);
       }
     }
+    which.has_skipped = true;
+    which.plan = {most_in_cluster(), 1, true};
+    for (const DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64}) {
+      if (which.kept == which.tokens) break;
+      which.dtype = dtype;
+      check_truncate(which, truncate_on_cpu(which));
+    }
   }
 }
 
