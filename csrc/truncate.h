@@ -104,10 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> truncate(Tensor keys, Tensor values, Tensor s
                         .values = token_rows(values, out_values),
                         .indices = indices.mutable_data_ptr<int64_t>()};
   Tensor row_scores = scores;  // alive until the kernel has been launched
-  if (!are_row_scores(scores) && backend.truncate_sums_weights(params)) {
-    params.weights = weight_params(as_weights(scores), heads);
-  } else {
-    if (!are_row_scores(scores)) row_scores = sum_weights(keys, as_weights(scores), backend);
+  const bool has_weights = !are_row_scores(scores);
+  if (has_weights) params.weights = weight_params(as_weights(scores), heads);
+  if (!has_weights || !backend.truncate_sums_weights(params)) {
+    if (has_weights) row_scores = sum_weights(keys, as_weights(scores), backend);
     params.scores = row_scores.const_data_ptr<float>();
     params.score_batch_stride = row_scores.stride(0);
     params.score_head_stride = row_scores.stride(1);

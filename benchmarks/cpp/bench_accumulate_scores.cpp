@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernel of accumulate_scores on every instruction set, without torch. Bytes: the weights once, scores read and
-// written.
+// written. One set of them all: what fits into the caches stays there from call to call.
 #include <benchmark/benchmark.h>
 
 #include <string>

@@ -15,7 +15,10 @@ namespace fsdc::cuda {
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream);
 cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream);
 
-// True where launch_truncate on the current device would take weights instead of scores.
+// What plans are made from, of the current device.
+cudaError_t current_device(Device& device);
+
+// True where launch_truncate on the current device takes `params.weights` instead of scores.
 bool truncate_sums_weights(const TruncateParams& params);
 
 cudaError_t launch_accumulate_scores(const AccumulateScoresParams& params, cudaStream_t stream);

@@ -28,6 +28,9 @@ struct Grid {
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <set>
+#include <utility>
+
 namespace fsdc::cuda {
 template <class T>
 using SharedType = T;  // lets the macro declare arrays: FSDC_SHARED(sums, float[32])
@@ -42,17 +45,24 @@ using SharedType = T;  // lets the macro declare arrays: FSDC_SHARED(sums, float
 namespace fsdc::cuda {
 
 // Beyond 48 KiB, static included, shared memory must be asked for, once per kernel and device. Always for all there is:
-// were it for what one launch takes, another host thread could lower it between asking and launching.
+// were it for what one launch takes, another host thread could lower it between asking and launching. Each thread
+// remembers what it asked for: that takes no lock, and to ask again costs as much as a launch.
 template <class Kernel>
 cudaError_t allow_all_shared_memory(Kernel* kernel) {
+  thread_local std::set<std::pair<int, const void*>> allowed;
   int device = 0, bytes = 0;
   cudaFuncAttributes attributes{};
   cudaError_t error = cudaGetDevice(&device);
+  const std::pair asked_for{device, reinterpret_cast<const void*>(kernel)};
+  if (error == cudaSuccess && allowed.contains(asked_for)) return cudaSuccess;
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              bytes - static_cast<int>(attributes.sharedSizeBytes));
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 bytes - static_cast<int>(attributes.sharedSizeBytes));
+  }
+  if (error == cudaSuccess) allowed.insert(asked_for);
+  return error;
 }
 
 template <class... Parameters, class... Arguments>

@@ -7,16 +7,19 @@
 // How     a radix threshold over the bits of the scores (truncate_threshold.cuh), an ordered compaction
 //         (truncate_select.cuh), a copy in accesses of up to 16 bytes, cut by output rank, since kept tokens crowd
 //         among the recent ones (truncate_gather.cuh); with an entry of the skipped tokens their sum
-//         (truncate_skipped.cuh). Attention weights are summed as they come in, without a tensor of scores, where
-//         truncate_plan.h allows it
+//         (truncate_skipped.cuh). Attention weights are summed as they come in, without a tensor of scores, wherever
+//         the keys of a row fit on chip; of longer rows accumulate_scores sums them in a launch of its own
 // Paths   few rows, sm_90 on: a cluster of 2 to 8 blocks per row, each some of its tokens; histograms, counts and
-//         partial sums go through each other's shared memory. Many rows: one block per row. Few rows before sm_90:
-//         several blocks per row, each of which selects for itself and copies its part
+//         partial sums go through each other's shared memory. Many rows: one block per row. Where that leaves
+//         multiprocessors idle (8 rows or less; before sm_90, which has no clusters, more): several clusters or blocks
+//         per row, each of which selects for itself and copies its part. With weights always one
 // Bytes   per row 4 S + 2 kept (Dk + Dv) size + 8 E, and (S - kept) (Dk + Dv) size for the skipped entry; instead of
-//         4 S the weights, G Q S size. Scores are read once where a block's tokens fit into shared memory (on sm_90
-//         50 thousand, 400 thousand per cluster), else 2 to 4 times, from L2 as far as they fit there
+//         4 S the weights, G Q S size. Each cluster of a row reads all its scores: once where a block's tokens fit into
+//         shared memory (on sm_90 50 thousand, 400 thousand per cluster), else 2 to 5 times, from L2 as far as they
+//         fit there: up to 3 passes for the threshold, one more in a cluster to count what lies before, one for the
+//         indices. A skipped entry reads them again for each step of columns (truncate_skipped.cuh)
 // Floor   bytes / copy bandwidth: 9.5 MB, 2.2 us at 4.3 TB/s for 8 rows, S = 32768, kept = 1024, D = 128 bf16
-// Launch  one, no scratch, no host synchronisation: 512 threads, 1 to 8 blocks per row and cluster, up to as many
+// Launch  one (two with weights of rows that do not fit on chip), no scratch, no host synchronisation: 512 threads, 1 to 8 blocks per row and cluster, up to as many
 //         blocks as multiprocessors where rows are few. Shared memory 17 KB, with a skipped entry up to 27 KB, and 4
 //         bytes per token on chip. At most 64 registers: 2 blocks per SM while both fit its shared memory, occupancy 50
 //         % (sm_80, 90, 100) or 67 % (sm_86, 89, 120); with a skipped entry or weights at most 128: 1 block per SM, 25
@@ -32,8 +35,8 @@
 
 namespace fsdc::cuda {
 namespace {
-
 constexpr int kThreads = 512;
+}  // namespace
 
 // Asked once per thread and device: the answers do not change, and to ask costs as much as a launch.
 cudaError_t current_device(Device& device) {
@@ -61,8 +64,6 @@ cudaError_t current_device(Device& device) {
   return error;
 }
 
-}  // namespace
-
 cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream) {
   return launch_truncate_kernel<kThreads>(params, plan, stream);
 }
@@ -75,7 +76,7 @@ cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream) {
 
 bool truncate_sums_weights(const TruncateParams& params) {
   Device device{};
-  return current_device(device) == cudaSuccess && can_sum_weights(params, plan_truncate(params, device));
+  return current_device(device) == cudaSuccess && can_sum_weights(plan_truncate(params, device));
 }
 
 }  // namespace fsdc::cuda

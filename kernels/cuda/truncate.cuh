@@ -123,7 +123,7 @@ inline int access_of(const TokenRows& rows, int64_t element_bytes) {
 template <int kThreads>
 cudaError_t launch_truncate_kernel(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream) {
   if (params.rows() == 0 || params.entries() == 0) return cudaSuccess;
-  if (params.scores == nullptr && !can_sum_weights(params, plan)) return cudaErrorInvalidValue;
+  if (params.scores == nullptr && !can_sum_weights(plan)) return cudaErrorInvalidValue;
   const int64_t element_bytes = element_size(params.dtype);
   const int64_t blocks = params.rows() * plan.blocks_per_row();
   const int64_t token_bytes = std::max(params.keys.head_dim, params.values.head_dim) * element_bytes;
@@ -142,11 +142,11 @@ cudaError_t launch_truncate_kernel(const TruncateParams& params, const TruncateP
                   .shared_bytes = static_cast<size_t>(key_bytes(params, plan)),
                   .cluster = plan.cluster};
   const auto launch_kernel = [&](auto kernel) { return launch(kernel, grid, stream, params, launched); };
-  if (params.scores == nullptr) {
-    return launch_kernel(truncate_kernel<void, KeySource::kWeightSumsOnChip, kThreads>);
-  }
   const auto launch_for = [&](auto element) {
     using Element = typename decltype(element)::type;
+    if (params.scores == nullptr) {
+      return launch_kernel(truncate_kernel<Element, KeySource::kWeightSumsOnChip, kThreads>);
+    }
     return plan.keys_on_chip ? launch_kernel(truncate_kernel<Element, KeySource::kScoresOnChip, kThreads>)
                              : launch_kernel(truncate_kernel<Element, KeySource::kScoresStreamed, kThreads>);
   };

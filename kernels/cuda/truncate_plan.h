@@ -39,16 +39,22 @@ inline int64_t key_bytes(const TruncateParams& params, const TruncatePlan& plan)
 
 // Where rows are fewer than multiprocessors, several blocks share one; with clusters they share the selection too.
 // Without, every block selects the whole row for itself: that uses idle multiprocessors, not time. A row too long for
-// the shared memory of one block gets a cluster as well.
+// the shared memory of one block gets a cluster as well. Where weights can be summed on the way in, a row has one
+// cluster, so that each weight is read once.
 inline TruncatePlan plan_truncate(const TruncateParams& params, const Device& device) {
   constexpr int64_t kStaticBytes = 28 << 10;  // of the kernel, rounded up, and what the system takes
-  constexpr int64_t kShareBytes = 32 << 10;   // below this a share of the copying is not worth a block
+  constexpr int64_t kShareBytes = 32 << 10;   // below this a share of the bytes is not worth a block
   constexpr uint32_t kMostInCluster = 8;
 
   const int64_t read_tokens = params.has_skipped ? params.tokens : params.kept;
   const int64_t token_bytes = (params.keys.head_dim + params.values.head_dim) * element_size(params.dtype);
+  const bool has_weights = params.scores == nullptr;
+  const int64_t weight_bytes =
+      has_weights ? params.weights.group * params.weights.queries * params.tokens * element_size(params.weights.dtype)
+                  : 0;
+  const int64_t row_bytes = read_tokens * token_bytes + weight_bytes;
   const int64_t idle = device.multiprocessors / std::max<int64_t>(params.rows(), 1);
-  const int64_t blocks = std::max<int64_t>(std::min(idle, read_tokens * token_bytes / kShareBytes), 1);
+  const int64_t blocks = std::max<int64_t>(std::min(idle, row_bytes / kShareBytes), 1);
   const auto fits = [&](uint32_t cluster, int64_t shared_bytes) {
     return tokens_per_block(params.tokens, cluster) * 4 <= shared_bytes - kStaticBytes;
   };
@@ -60,18 +66,17 @@ inline TruncatePlan plan_truncate(const TruncateParams& params, const Device& de
       plan.cluster *= 2;
     }
   }
-  plan.clusters_per_row = static_cast<uint32_t>(std::max<int64_t>(blocks / plan.cluster, 1));
   plan.keys_on_chip = fits(plan.cluster, device.shared_bytes_per_block);
+  if (!has_weights || !plan.keys_on_chip) {
+    plan.clusters_per_row = static_cast<uint32_t>(std::max<int64_t>(blocks / plan.cluster, 1));
+  }
   return plan;
 }
 
-// Weights are summed on the way in where each is then read once: with one cluster per row. Where rows are so few that
-// several share the copying, a launch of its own sums them; which of the two is faster there nobody has measured. Nor
-// does the plan count the bytes of the weights: many queries, few rows and few kept tokens leave them to few blocks.
-// Not together with a skipped entry: that would double the number of kernels for a case that reads all keys and values
-// anyway.
-inline bool can_sum_weights(const TruncateParams& params, const TruncatePlan& plan) {
-  return plan.keys_on_chip && plan.clusters_per_row == 1 && !params.has_skipped;
-}
+// Weights are summed on the way in where each is then read once: with one cluster per row, and keys that stay on chip.
+// Rows too long for that take two launches: read again in each pass, the sums would be made up to five times. Few rows
+// with many queries leave multiprocessors idle, before sm_90 most of them; two launches may be faster there, which nobody
+// has measured.
+inline bool can_sum_weights(const TruncatePlan& plan) { return plan.keys_on_chip && plan.clusters_per_row == 1; }
 
 }  // namespace fsdc::cuda

@@ -39,6 +39,9 @@ bool is_fast();
 // Blocks that this device lets read each other's memory, at most: 1 or 8.
 uint32_t most_in_cluster();
 
+// Tokens that a block goes through in one round of its loops; in two or more of those that take smaller steps.
+int64_t tokens_per_round();
+
 // These throw where a launch failed.
 void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan);
 void accumulate_scores(const AccumulateScoresParams& params);

@@ -38,11 +38,12 @@ void use_order(int) {}
 bool is_fast() { return true; }
 
 uint32_t most_in_cluster() {
-  int device = 0, has_clusters = 0;
-  check(cudaGetDevice(&device));
-  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
-  return has_clusters != 0 ? 8 : 1;
+  cuda::Device device{};
+  check(cuda::current_device(device));
+  return device.has_clusters ? 8 : 1;
 }
+
+int64_t tokens_per_round() { return 512 * 8; }
 
 void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
   check(cuda::launch_truncate(params, plan, nullptr));

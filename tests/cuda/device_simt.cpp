@@ -53,6 +53,13 @@ void use_order(int order) {
 
 uint32_t most_in_cluster() { return 8; }
 
+int64_t tokens_per_round() {
+  constexpr int kItems = 8;
+  static_assert(kItems % cuda::KeysOnChip::kItems == 0 && kItems % cuda::StreamedKeys::kItems == 0 &&
+                kItems % cuda::kTokensPerThread == 0);
+  return kThreads * kItems;
+}
+
 void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
   check(cuda::launch_truncate_kernel<kThreads>(params, plan, nullptr));
 }

@@ -20,22 +20,24 @@ namespace fsdc::test {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
+inline void store(DType dtype, double number, char* at) {
+  cpu::with_element_type(dtype, [&](auto element) {
+    if constexpr (sizeof element == 8) {
+      std::memcpy(at, &number, sizeof number);
+    } else {
+      const auto rounded = cpu::convert<decltype(element)>(float(number));
+      std::memcpy(at, &rounded, sizeof rounded);
+    }
+  });
+}
+
 // `count` numbers of [-1, 1), in steps that no type rounds alike.
 inline Bytes random_elements(DType dtype, int64_t count, uint32_t seed) {
   std::mt19937 generator(seed);
   const int64_t size = element_size(dtype);
   Bytes bytes(static_cast<size_t>(count * size));
   for (int64_t i = 0; i < count; ++i) {
-    const double number = std::ldexp(double(generator()), -31) - 1;
-    char* const at = bytes.data() + i * size;
-    cpu::with_element_type(dtype, [&](auto element) {
-      if constexpr (sizeof element == 8) {
-        std::memcpy(at, &number, sizeof number);
-      } else {
-        const auto rounded = cpu::convert<decltype(element)>(float(number));
-        std::memcpy(at, &rounded, sizeof rounded);
-      }
-    });
+    store(dtype, std::ldexp(double(generator()), -31) - 1, bytes.data() + i * size);
   }
   return bytes;
 }

@@ -96,3 +96,8 @@ TEST_CASE("accumulate_scores: without query weights and carry, without queries, 
   check_accumulate({.queries = 0, .overwrite = true});
   check_accumulate({.tokens_first = true});
 }
+
+TEST_CASE("accumulate_scores: more blocks than a grid may have are refused") {
+  CHECK_THROWS(accumulate_scores(
+      params_of({.batch = 1 << 16, .heads = 1 << 15, .tokens = 1}, nullptr, nullptr, nullptr, nullptr)));
+}

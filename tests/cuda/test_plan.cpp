@@ -17,6 +17,7 @@ constexpr Device kL40{142, 99 << 10, 100 << 10, false};
 
 // bf16, D = 128
 TruncateParams shape(int64_t rows, int64_t tokens, int64_t kept, bool has_skipped = false) {
+  static const float kScore = 0;
   const TokenRows tokens_of{nullptr, 0, 0, 0, 128, nullptr};
   return {.batch = 1,
           .heads = rows,
@@ -24,12 +25,22 @@ TruncateParams shape(int64_t rows, int64_t tokens, int64_t kept, bool has_skippe
           .kept = kept,
           .has_skipped = has_skipped,
           .dtype = DType::kBFloat16,
-          .scores = nullptr,
+          .scores = &kScore,
           .score_batch_stride = 0,
           .score_head_stride = 0,
           .keys = tokens_of,
           .values = tokens_of,
           .indices = nullptr};
+}
+
+TruncateParams shape_with_weights(int64_t rows, int64_t tokens, int64_t kept, int64_t queries,
+                                  bool has_skipped = false) {
+  TruncateParams params = shape(rows, tokens, kept, has_skipped);
+  params.scores = nullptr;
+  params.weights.group = 1;
+  params.weights.queries = queries;
+  params.weights.dtype = DType::kFloat32;
+  return params;
 }
 
 }  // namespace
@@ -85,9 +96,24 @@ TEST_CASE("plan: keys fit, and no more blocks than multiprocessors share few row
 }
 
 TEST_CASE("plan: weights are summed on the way in where each is read once") {
-  const TruncateParams params = shape(64, 4096, 1024);
-  CHECK(cuda::can_sum_weights(params, plan_truncate(params, kH200)));
-  CHECK_FALSE(cuda::can_sum_weights(params, {1, 2, true}));
-  CHECK_FALSE(cuda::can_sum_weights(params, {1, 1, false}));
-  CHECK_FALSE(cuda::can_sum_weights(shape(64, 4096, 1024, true), {1, 1, true}));
+  CHECK_FALSE(cuda::can_sum_weights({1, 2, true}));
+  CHECK_FALSE(cuda::can_sum_weights({1, 1, false}));
+  for (const Device& device : {kH200, kA100, kL40}) {
+    for (const int64_t rows : {1, 8, 64, 2049}) {
+      for (const int64_t tokens : {1, 17, 4096, 16384, 32768, 300'000, 2'000'000}) {
+        for (const bool has_skipped : {false, true}) {
+          const TruncateParams params = shape_with_weights(rows, tokens, tokens / 2, 1, has_skipped);
+          const TruncatePlan plan = plan_truncate(params, device);
+          CAPTURE(device.multiprocessors, rows, tokens, has_skipped, plan.cluster, plan.clusters_per_row);
+          const int64_t on_chip = (device.shared_bytes_per_block - (28 << 10)) / 4 * (device.has_clusters ? 8 : 1);
+          CHECK(cuda::can_sum_weights(plan) == (tokens <= on_chip));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("plan: the bytes of weights count") {
+  CHECK(plan_truncate(shape_with_weights(1, 4096, 1, 1), kH200).cluster == 1);  // 16 KiB
+  CHECK(plan_truncate(shape_with_weights(1, 4096, 1, 64), kH200).cluster == 8);
 }

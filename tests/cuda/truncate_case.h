@@ -12,6 +12,7 @@ struct WeightsCase {
   bool is_used = false;
   DType dtype = DType::kFloat32;
   int64_t group = 1, queries = 1;
+  bool has_specials = false;  // infinities and NaN among them
 };
 
 struct TruncateCase {
@@ -99,7 +100,13 @@ inline AccumulateScoresParams weight_params(const TruncateCase& which, const cha
 
 inline Bytes weight_bytes(const TruncateCase& which) {
   const WeightsCase& weights = which.weights;
-  return random_elements(weights.dtype, which.rows() * weights.group * weights.queries * which.tokens, 3);
+  Bytes bytes = random_elements(weights.dtype, which.rows() * weights.group * weights.queries * which.tokens, 3);
+  const float specials[] = {kInf, -kInf, kNaN, -kNaN};
+  const size_t size = size_t(element_size(weights.dtype));
+  for (size_t i = 0; weights.has_specials && i * size < bytes.size(); i += 5) {
+    store(weights.dtype, specials[i % 4], bytes.data() + i * size);
+  }
+  return bytes;
 }
 
 inline TruncateParams params_of(const TruncateCase& which, const void* scores, TokenRows keys, TokenRows values,

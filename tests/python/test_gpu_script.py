@@ -78,6 +78,15 @@ def test_a_part_passes_fails_or_is_skipped(script, tmp_path):
     assert lost["status"] == "failed" and lost["failure"].startswith("FileNotFoundError")
     with_figures = script.run_part(part(f"open({str(result)!r}, 'w').write('[7]')", result=result), None)
     assert with_figures["figures"] == [7]
+    cut = script.run_part(
+        part(f"import time; open({str(result)!r}, 'w').write('[8]'); time.sleep(60)", seconds=2, result=result), None
+    )
+    assert (cut["status"], cut["figures"]) == ("failed", [8])
+
+
+def test_versions(script):
+    assert script.version_of("pytest") == pytest.__version__
+    assert script.version_of("no-such-package") is None
 
 
 def alive(pid):

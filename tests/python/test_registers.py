@@ -28,7 +28,7 @@ LIMITS = {
     "truncate_kernelIvLNS0_9KeySourceE0E": (TWO_BLOCKS, 17 << 10),  # scores streamed
     "truncate_kernelIvLNS0_9KeySourceE1E": (TWO_BLOCKS, 17 << 10),  # scores on chip
     "truncate_kernelIvLNS0_9KeySourceE2E": (ONE_BLOCK, 17 << 10),  # sums of weights on chip
-    "truncate_kernelI": (ONE_BLOCK, 27 << 10),  # with an entry of the skipped tokens
+    "truncate_kernelI": (ONE_BLOCK, 27 << 10),  # with an entry of the skipped tokens, from any source
     "accumulate_scores_kernel": (64, 0),
 }
 

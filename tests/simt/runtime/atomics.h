@@ -19,7 +19,7 @@ __attribute__((no_sanitize("thread"))) T change(T* address, Change new_value) {
 }
 
 void fence(Site site);
-void yield();
+void poll(Site site);  // others run first; fails where for long all do nothing else
 
 }  // namespace simt
 
@@ -50,4 +50,4 @@ inline unsigned atomicInc(unsigned* address, unsigned last) {
 inline void __threadfence(simt::Site site = simt::Site::current()) { simt::fence(site); }
 
 // Loops that wait for another block must call it: nobody interrupts a thread.
-inline void __nanosleep(unsigned) { simt::yield(); }
+inline void __nanosleep(unsigned, simt::Site site = simt::Site::current()) { simt::poll(site); }

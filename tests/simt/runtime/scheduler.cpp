@@ -16,11 +16,15 @@ struct Scheduler {
   const Grid* grid = nullptr;
   const std::function<void()>* body = nullptr;
   std::vector<std::unique_ptr<Cluster>> resident;
-  std::deque<Fiber*> can_run;
+  std::vector<Fiber*> woken;   // since the last one ran; not in the queue yet
+  std::deque<Fiber*> can_run;  // first come, first served: those who poll hold up nobody
+  unsigned polls = 0;          // in a row, of whoever, with nothing else in between
   std::mt19937_64 random;
   std::string error;
 };
 Scheduler scheduler;
+
+constexpr unsigned kMostPolls = 1 << 18;  // a second or so
 
 uint3 coordinates(unsigned number, dim3 sizes) {
   return {number % sizes.x, number / sizes.x % sizes.y, number / sizes.x / sizes.y};
@@ -52,22 +56,20 @@ void add_block(Cluster& cluster, unsigned number) {
     fiber.race_number = number * block.alive + i;
     fiber.context = std::make_unique<Context>(&run_thread, &fiber);
     if (race::checker != nullptr) race::checker->begin_memory(&fiber, sizeof fiber);  // kernels read it, as threadIdx
-    scheduler.can_run.push_back(&fiber);
+    scheduler.woken.push_back(&fiber);
   }
+}
+
+void queue_woken() {
+  std::vector<Fiber*>& woken = scheduler.woken;
+  if (options().order == Order::kReverse) std::reverse(woken.begin(), woken.end());
+  scheduler.can_run.insert(scheduler.can_run.end(), woken.begin(), woken.end());
+  woken.clear();
 }
 
 Fiber& next_fiber() {
   std::deque<Fiber*>& can_run = scheduler.can_run;
-  switch (options().order) {
-    case Order::kSequential:
-      break;
-    case Order::kReverse:
-      std::swap(can_run.front(), can_run.back());
-      break;
-    case Order::kRandom:
-      std::swap(can_run.front(), can_run[scheduler.random() % can_run.size()]);
-      break;
-  }
+  if (options().order == Order::kRandom) std::swap(can_run.front(), can_run[scheduler.random() % can_run.size()]);
   Fiber& fiber = *can_run.front();
   can_run.pop_front();
   return fiber;
@@ -81,6 +83,8 @@ const char* describe(Fiber::State state) {
       return "wait at the cluster's barrier";
     case Fiber::State::kInExchange:
       return "wait for lanes of their warp";
+    case Fiber::State::kPolls:
+      return "wait for another block, which does not come,";
     case Fiber::State::kExited:
       return "have exited";
     case Fiber::State::kCanRun:
@@ -89,7 +93,7 @@ const char* describe(Fiber::State state) {
   return "can run";
 }
 
-// Nobody can run, yet not all have exited: where everybody is.
+// Nobody gets on, yet not all have exited: where everybody is.
 std::string describe_deadlock() {
   std::string text = "simt: deadlock:";
   for (const auto& cluster : scheduler.resident) {
@@ -142,17 +146,21 @@ void run_all(const Grid& grid) {
       Cluster& cluster = *scheduler.resident.emplace_back(std::make_unique<Cluster>());
       for (unsigned i = 0; i < grid.cluster; ++i) add_block(cluster, waiting.back() * grid.cluster + i);
       waiting.pop_back();
+      queue_woken();
     }
     if (scheduler.resident.empty()) return;
-    if (scheduler.can_run.empty()) {
+    if (scheduler.can_run.empty() || scheduler.polls > kMostPolls) {
       scheduler.error = describe_deadlock();
       return;
     }
     Fiber& fiber = next_fiber();
     running = &fiber;
+    fiber.state = Fiber::State::kCanRun;
     if (race::checker != nullptr) race::checker->run(fiber.race_number, fiber.context->stack(), Context::kStackBytes);
     fiber.context->resume();
     running = nullptr;
+    scheduler.polls = fiber.state == Fiber::State::kPolls ? scheduler.polls + 1 : 0;
+    queue_woken();
   }
 }
 
@@ -168,12 +176,12 @@ void wait(Fiber::State state, Site site) {
 
 void wake(Fiber& fiber) {
   fiber.state = Fiber::State::kCanRun;
-  scheduler.can_run.push_back(&fiber);
+  scheduler.woken.push_back(&fiber);
 }
 
-void yield() {
+void poll(Site site) {
   wake(self());
-  self().context->suspend();
+  wait(Fiber::State::kPolls, site);
 }
 
 void fail(Site site, const char* format, ...) {
@@ -198,12 +206,14 @@ void run_grid(const Grid& grid, const std::function<void()>& body) {
   scheduler.body = &body;
   scheduler.random.seed(options().seed);
   scheduler.error.clear();
+  scheduler.polls = 0;
   const unsigned per_block = grid.threads.x * grid.threads.y * grid.threads.z;
   if (race::checker != nullptr) {
     race::checker->begin_grid(grid.blocks.x * grid.blocks.y * grid.blocks.z * per_block);
   }
   run_all(grid);
   if (race::checker != nullptr) race::checker->end_grid();
+  scheduler.woken.clear();
   scheduler.can_run.clear();
   scheduler.resident.clear();
   if (!scheduler.error.empty()) throw Error(scheduler.error);

@@ -18,7 +18,7 @@ namespace simt {
 struct Block;
 
 struct Fiber : Thread {
-  enum class State { kCanRun, kAtBlockBarrier, kAtClusterBarrier, kInExchange, kExited };
+  enum class State { kCanRun, kAtBlockBarrier, kAtClusterBarrier, kInExchange, kPolls, kExited };
 
   Block* block = nullptr;
   race::ThreadNumber race_number = 0;

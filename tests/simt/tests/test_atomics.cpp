@@ -85,3 +85,16 @@ TEST_CASE("atomics: a block can wait for another that is resident too") {
     CHECK(seen == 42);
   });
 }
+
+TEST_CASE("atomics: a wait for a block that never comes is an error") {
+  in_every_order([] {
+    unsigned flag = 0;
+    const std::string poll = line(2);
+    const std::string error = error_of({.blocks = 2, .threads = 2}, [&] {
+      while (blockIdx.x == 0 && atomicAdd(&flag, 0u) == 0) __nanosleep(10);
+    });
+    CHECK_THAT(error,
+               ContainsSubstring("deadlock") &&
+                   ContainsSubstring("block 0 threads 0 to 1 wait for another block, which does not come, at " + poll));
+  });
+}

@@ -22,6 +22,29 @@ TEST_CASE("launch: every thread of every block runs once") {
   });
 }
 
+TEST_CASE("launch: threads take turns in the order that was asked for, after a barrier too") {
+  const KeepOptions keep;
+  const auto turns = [](unsigned blocks, unsigned threads, unsigned cluster) {
+    std::vector<unsigned> seen(2 * blocks * threads);
+    unsigned turn = 0;
+    run_grid({.blocks = blocks, .threads = threads, .cluster = cluster}, [&] {
+      seen[atomicAdd(&turn, 1u)] = blockIdx.x * 10 + threadIdx.x;
+      cluster > 1 ? cluster_barrier(Site::current()) : __syncthreads();
+      seen[atomicAdd(&turn, 1u)] = blockIdx.x * 10 + threadIdx.x;
+    });
+    return seen;
+  };
+  using Turns = std::vector<unsigned>;
+  CHECK(turns(1, 4, 1) == Turns{0, 1, 2, 3, 0, 1, 2, 3});
+  CHECK(turns(2, 2, 2) == Turns{0, 1, 10, 11, 0, 1, 10, 11});
+  options().order = Order::kReverse;
+  CHECK(turns(1, 8, 1) == Turns{7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0});
+  CHECK(turns(2, 2, 1) == Turns{11, 10, 11, 10, 1, 0, 1, 0});
+  CHECK(turns(2, 2, 2) == Turns{11, 10, 1, 0, 11, 10, 1, 0});
+  options().resident_clusters = 2;
+  CHECK(turns(2, 2, 1) == Turns{11, 10, 1, 0, 11, 10, 1, 0});
+}
+
 TEST_CASE("launch: arguments are copies of the parameters' types") {
   int64_t out = 0;
   launch(+[](int64_t* to, int64_t value) { *to = value; }, {.blocks = 1, .threads = 1}, &out, 7);
