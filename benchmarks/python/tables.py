@@ -47,7 +47,8 @@ def truncate() -> str:
     where = f"{machine['processor']}, {machine['threads']} threads, {machine['cpu_isa']}, torch {machine['torch']}"
     return (
         _table(["truncate on the CPU, time per call", *contenders], rows)
-        + f"\n\nMedians of contenders taking turns in one process, outputs allocated anew; {where}."
+        + "\n\nMedians of contenders taking turns in one process, outputs allocated anew. Warm cache: each has just "
+        + f"been called three times; cold: the others have. {where}."
     )
 
 

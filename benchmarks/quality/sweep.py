@@ -44,7 +44,7 @@ def combinations(C: int) -> list[tuple[str, dict]]:
     tried = [
         ("default", {}),
         ("last tokens", contest.rule("last tokens", C)),
-        ("sinks and last tokens", dict(policy="streaming")),
+        ("sinks and last tokens", dict(policy="streaming", sink_tokens=4)),
         ("random", dict(policy="random")),
         ("random, recent C/2", contest.rule("random", C)),
         ("accumulated attention, recent C/4", dict(PLAIN, recent_tokens=C // 4)),
@@ -75,9 +75,8 @@ def rivals(C: int) -> list[tuple[str, dict]]:
         ("rho = .9", dict(redundancy=0.9)),
         ("rho = 1", dict(redundancy=1.0)),
         ("no value weight", dict(value_weight=False)),
-        ("2 sinks", dict(sink_tokens=2)),
+        ("4 sinks", dict(sink_tokens=4)),
         ("1 sink", dict(sink_tokens=1)),
-        ("1 sink, C/8 recent", dict(sink_tokens=1, recent_tokens=C // 8)),
         ("no sinks", dict(sink_tokens=0)),
     ]
 

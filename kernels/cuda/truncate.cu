@@ -19,11 +19,11 @@
 //         fit there: up to 3 passes for the threshold, one more in a cluster to count what lies before, one for the
 //         indices. A skipped entry reads them again for each step of columns (truncate_skipped.cuh)
 // Floor   bytes / copy bandwidth: 9.5 MB, 2.2 us at 4.3 TB/s for 8 rows, S = 32768, kept = 1024, D = 128 bf16
-// Launch  one (two with weights of rows that do not fit on chip), no scratch, no host synchronisation: 512 threads, 1 to 8 blocks per row and cluster, up to as many
-//         blocks as multiprocessors where rows are few. Shared memory 17 KB, with a skipped entry up to 27 KB, and 4
-//         bytes per token on chip. At most 64 registers: 2 blocks per SM while both fit its shared memory, occupancy 50
-//         % (sm_80, 90, 100) or 67 % (sm_86, 89, 120); with a skipped entry or weights at most 128: 1 block per SM, 25
-//         or 33 %. tests/python/test_registers.py holds the compiler to it
+// Launch  one (two with weights of rows that do not fit on chip), no scratch, no host synchronisation: 512 threads, 1 to 8
+//         blocks per row and cluster, up to as many blocks as multiprocessors where rows are few. Shared memory 17 KB,
+//         with a skipped entry up to 27 KB, and 4 bytes per token on chip. At most 64 registers: 2 blocks per SM while
+//         both fit its shared memory, occupancy 50 % (sm_80, 90, 100) or 67 % (sm_86, 89, 120); with a skipped entry or
+//         weights at most 128: 1 block per SM, 25 or 33 %. tests/python/test_registers.py holds the compiler to it
 // Order   bitwise deterministic: counts are integers, each rank has one writer, the sum has a fixed order and segments
 //         that no two blocks share; accumulated in fp32, fp64 for fp64
 // Limits  S < 2^32, D below 2 GiB, 2^31 - 1 blocks: else cudaErrorInvalidValue

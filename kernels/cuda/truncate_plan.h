@@ -75,8 +75,8 @@ inline TruncatePlan plan_truncate(const TruncateParams& params, const Device& de
 
 // Weights are summed on the way in where each is then read once: with one cluster per row, and keys that stay on chip.
 // Rows too long for that take two launches: read again in each pass, the sums would be made up to five times. Few rows
-// with many queries leave multiprocessors idle, before sm_90 most of them; two launches may be faster there, which nobody
-// has measured.
+// with many queries leave multiprocessors idle, before sm_90 most of them; two launches may be faster there, which
+// nobody has measured.
 inline bool can_sum_weights(const TruncatePlan& plan) { return plan.keys_on_chip && plan.clusters_per_row == 1; }
 
 }  // namespace fsdc::cuda

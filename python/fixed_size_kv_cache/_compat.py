@@ -44,10 +44,6 @@ if HAS_LAYERS:
         """Runs the base class's ``__init__``; ``cache.layers`` are stock layers afterwards."""
         DynamicCache.__init__(cache, **({} if config is None else {"config": config}))
 
-    def make_stock_layers(config) -> list:
-        """The layers that a stock cache made for a model begins with."""
-        return DynamicCache(config=config).layers
-
     def stock_contents(cache: Cache) -> list[Contents | None]:
         """What each layer holds, None where it is empty. A layer that is not a plain one is a TypeError."""
         for layer in cache.layers:
@@ -119,6 +115,11 @@ else:
 
     def drop_stock_storage(cache: Cache) -> None:
         del cache.key_cache, cache.value_cache
+
+
+def make_stock_layers(config) -> list:
+    """The layers that a stock cache made for a model begins with. From 4.56 on."""
+    return DynamicCache(config=config).layers
 
 
 def on_attention_interface(model_class: type) -> bool:

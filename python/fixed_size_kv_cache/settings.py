@@ -24,7 +24,7 @@ class FixedSizeCacheConfig:
     Args:
         cache_size: tokens per layer and KV head, at least 1. With ``include_skipped`` one of them is the entry of the
             skipped tokens, so at least 2.
-        sink_tokens: the first tokens of each row, never evicted. Default ``min(4, N // 8)`` of the ``N`` token slots.
+        sink_tokens: the first tokens of each row, never evicted. Default ``min(4, N // 24)`` of the ``N`` token slots.
         recent_tokens: the last tokens of each row, never evicted. Default ``N // 4``.
         score_decay: gamma in (0, 1], what is left of a score after each query. Default ``1 - 4 / max(cache_size, 8)``.
         score_prior: attention, per query head of the group, that every token is credited with, so that a token nobody
@@ -69,7 +69,7 @@ class FixedSizeCacheConfig:
         choose("cache_size", lambda: read_size(CACHE_SIZE, 1024))
         self._check_switches()
         _check_int("cache_size", self.cache_size, 2 if self.include_skipped else 1)
-        choose("sink_tokens", min(4, self.slots // 8))
+        choose("sink_tokens", min(4, self.slots // 24))
         _check_int("sink_tokens", self.sink_tokens, 0)
         choose("recent_tokens", max(0, min(self.slots // 4, self.slots - self.sink_tokens)))
         _check_int("recent_tokens", self.recent_tokens, 0)

@@ -36,7 +36,7 @@ def test_from_legacy_cache_of_tuples_cuts_at_once(monkeypatch):
     monkeypatch.setenv("FSDC_KV_CACHE_SIZE", "8")
     keys = torch.arange(10.0)[None, None, :, None].expand(1, 2, 10, 3)
     cache = FixedSizeDynamicCache.from_legacy_cache(((keys, keys),))
-    assert held_positions(cache.layers[0]) == [[0, *range(3, 10)]] * 2  # the sink, and the largest values
+    assert held_positions(cache.layers[0]) == [[*range(2, 10)]] * 2  # the largest values
     assert cache.get_seq_length() == 10
 
 

