@@ -189,13 +189,13 @@ def verdict(name: str) -> str:
                 return f"fails: {error}"
         if not close(exact, expected):
             return f"fails: other logits than stock, by {(exact - expected).abs().max():.1e}"
+        own = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, FixedSizeLayer)]
+        if not own:
+            return NOTHING
         with enable(model, cache_size=LARGE, prefill_chunk_size=CHUNK):
             in_chunks, _ = run(model, ids, mask)
         if not close(in_chunks, expected):
             return f"fails: other logits in chunks, by {(in_chunks - expected).abs().max():.1e}"
-        own = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, FixedSizeLayer)]
-        if not own:
-            return NOTHING
         with enable(model, cache_size=CAPPED):
             both, cache = run(model, ids, mask)
             solo, _ = run(model, ids[:1, PADS:], mask[:1, PADS:])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fsdc generate``: text, figures, comparison, and what it refuses."""
 
+import functools
 import json
 import os
 import shutil
@@ -185,7 +186,10 @@ def test_layers_with_windows_and_without_keys(tmp_path):
 
 def test_interrupt(folder):
     command = [*COMMAND, "--model", folder, "--prompt", "the fox", "--max-new-tokens", "100000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # jobs in the background are born deaf to it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as running:
         running.stdout.read(20)  # it writes
         time.sleep(0.2)
         running.send_signal(signal.SIGINT)
