@@ -116,10 +116,9 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
         return
     handle, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
     chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
-    if naive or assisted or not _is_text_only(model_kwargs) or generation_config.compile_config is not None:
+    forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
+    if forgets or assisted or not _is_text_only(model_kwargs) or generation_config.compile_config is not None:
         return  # in one piece
-    if text_config(model.config).model_type in CHUNKS_FORGET_STATE:
-        return
     if prompt_length(generation_config, model_kwargs) > chunk:
         generation_config.prefill_chunk_size = chunk
 
