@@ -11,7 +11,6 @@
 
 #include "kernels/cpu/element.h"
 #include "kernels/cpu/isa.h"
-#include "kernels/score_order.h"
 
 #define FSDC_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
