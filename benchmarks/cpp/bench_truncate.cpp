@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/truncate.h"
 #include "threads.h"
 
 namespace {
@@ -47,19 +48,19 @@ std::vector<float> draw(int64_t count, const Distribution& distribution) {
   return scores;
 }
 
-void select_row(benchmark::State& state, const cpu::KernelTable& kernels, const Distribution& distribution) {
+void select_row(benchmark::State& state, cpu::Isa isa, const Distribution& distribution) {
   const int64_t tokens = state.range(0), kept = state.range(1);
   const std::vector<float> scores = draw(kTurns * tokens, distribution);
   std::vector<int64_t> indices(kept);
   int64_t turn = 0;
   for (auto _ : state) {
-    kernels.select_row(scores.data() + turn++ % kTurns * tokens, tokens, kept, indices.data());
+    cpu::truncate_loops(isa).select_row(scores.data() + turn++ % kTurns * tokens, tokens, kept, indices.data());
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * (tokens * 4 + kept * 8));
 }
 
-void truncate(benchmark::State& state, const cpu::KernelTable& kernels) {
+void truncate(benchmark::State& state, cpu::Isa isa) {
   static const bench::ThreadPool threads;
   const int64_t tokens = state.range(0), kept = state.range(1);
   const std::vector<float> keys(kRows * tokens * kHeadDim, 1.0f), values(keys);
@@ -83,23 +84,23 @@ void truncate(benchmark::State& state, const cpu::KernelTable& kernels) {
                    .keys = rows(keys, out_keys),
                    .values = rows(values, out_values),
                    .indices = indices.data()},
-                  threads, kernels);
+                  threads, isa);
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * kRows * (tokens * 4 + kept * (8 + 4 * kHeadDim * 4)));
 }
 
 const bool kRegistered = [] {
-  for (const cpu::KernelTable* kernels : cpu::available_kernels()) {
+  for (const cpu::Isa isa : cpu::available_isas()) {
     for (const Distribution& distribution : kDistributions) {
       for (int64_t tokens : {1536, 4096, 32768, 131072}) {
         for (int64_t kept : {tokens / 64, tokens / 32, tokens / 8, tokens * 2 / 3}) {
-          const std::string name = "select_row/" + std::string(kernels->isa) + "/" + distribution.name;
-          benchmark::RegisterBenchmark(name.c_str(), select_row, *kernels, distribution)->Args({tokens, kept});
+          const std::string name = "select_row/" + std::string(cpu::name_of(isa)) + "/" + distribution.name;
+          benchmark::RegisterBenchmark(name.c_str(), select_row, isa, distribution)->Args({tokens, kept});
         }
       }
     }
-    benchmark::RegisterBenchmark(("truncate/" + std::string(kernels->isa)).c_str(), truncate, *kernels)
+    benchmark::RegisterBenchmark(("truncate/" + std::string(cpu::name_of(isa))).c_str(), truncate, isa)
         ->Args({32768, 1024})
         ->UseRealTime();
   }

@@ -6,7 +6,7 @@
 
 namespace fsdc::cpu {
 
-inline constexpr uint32_t kCodeOfInfinity = 0xff000001u;
+inline constexpr uint32_t kTopCode = 0xff000001u;  // of +inf; those of NaN are above
 
 inline constexpr int64_t kSelectRoom = 16384;  // codes at a time: a sample, or those set apart
 

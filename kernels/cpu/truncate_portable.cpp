@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops for any processor: SSE2 on x86-64, NEON on 64-bit Arm, as the compiler vectorises them.
+// The loops of truncate for any processor: SSE2 on x86-64, NEON on 64-bit Arm, as the compiler vectorises them.
 #include "kernels/cpu/loops_includes.h"
+#include "kernels/cpu/truncate.h"
 
 namespace fsdc::cpu::portable {
 
-inline constexpr const char* kIsa = "portable";
+namespace {
 
 using Codes = uint32_t __attribute__((vector_size(16)));
 
@@ -32,6 +33,8 @@ inline uint32_t* append_between(Codes codes, uint32_t least, uint32_t end, uint3
 inline void stream_line(char* out, const char* source) { std::memcpy(out, source, 64); }
 inline void end_streams() {}
 
-#include "kernels/cpu/loops.inc"
+}  // namespace
+
+#include "kernels/cpu/truncate.inc"
 
 }  // namespace fsdc::cpu::portable

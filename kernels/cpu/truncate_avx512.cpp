@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops for x86-64 with AVX-512 (F, BW, DQ, VL).
+// The loops of truncate for x86-64 with AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "kernels/cpu/loops_includes.h"
+#include "kernels/cpu/truncate.h"
 
-FSDC_BEGIN_TARGET("avx2,bmi,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
+FSDC_BEGIN_AVX512
 
 namespace fsdc::cpu::avx512 {
 
-inline constexpr const char* kIsa = "avx512";
+namespace {
 
 using Codes = uint32_t __attribute__((vector_size(64)));
 
@@ -47,7 +48,9 @@ inline void stream_line(char* out, const char* source) {
 }
 inline void end_streams() { _mm_sfence(); }
 
-#include "kernels/cpu/loops.inc"
+}  // namespace
+
+#include "kernels/cpu/truncate.inc"
 
 }  // namespace fsdc::cpu::avx512
 
