@@ -28,9 +28,9 @@ class FixedSizeDynamicCache(BaseCache):
     """A ``DynamicCache`` that holds at most ``cache_size`` tokens per layer and KV head.
 
     Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.layer.score_rule`.
-    ``get_seq_length()`` is the number of tokens seen, not of those held. All arguments are keywords; what is not given comes from the
-    environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or from the
-    defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
+    ``get_seq_length()`` is the number of tokens seen, not of those held. All arguments are keywords; what is not given
+    comes from the environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or
+    from the defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
 
     Args:
         config: the model's config. Layers with a sliding window keep transformers' own cache, and so do the linear

@@ -199,7 +199,8 @@ class FixedSizeLayer(DynamicLayer):
     def attend(self, query: Tensor, mask: Tensor | None, rule: LogitRule) -> Tensor:
         """Ends the step: the attention of its queries ``[B, Hq, Q, D]``, then votes and eviction.
 
-        Returns ``[B, Hq, Q, Dv]``. ``mask`` is the model's attention mask; only what it says about the new tokens is read, see ``read_mask``.
+        Returns ``[B, Hq, Q, Dv]``. Of ``mask``, the model's, only what it says about the new tokens is read, see
+        ``read_mask``.
         """
         stage = self.stage_of("attend")
         self._read_mask(stage, mask)
