@@ -15,7 +15,7 @@ if not hasattr(transformers, "AttentionInterface"):
 from transformers import CompileConfig, TextStreamer, pipeline
 
 from fixed_size_kv_cache import FixedSizeDynamicCache, as_default, enable
-from fixed_size_kv_cache._compat import CHUNKS_FORGET_EARLIER_TURNS
+from fixed_size_kv_cache.compat.transformers import CHUNKS_FORGET_EARLIER_TURNS
 
 MODES = {
     "greedy": {},

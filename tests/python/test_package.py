@@ -15,7 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 import fixed_size_kv_cache
-from fixed_size_kv_cache import _C, _load, _operators, _versions, cli
+from fixed_size_kv_cache import _C
+from fixed_size_kv_cache.cli import app as cli
+from fixed_size_kv_cache.compat import versions as _versions
+from fixed_size_kv_cache.operators import load as _load
+from fixed_size_kv_cache.operators import register as _operators
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,7 +138,8 @@ def test_version():
 
 
 def test_warnings_are_one_line_without_our_code():
-    command = "import warnings; from fixed_size_kv_cache import cli; cli.app = lambda **_: warnings.warn('so it\\n is')"
+    command = "import warnings; from fixed_size_kv_cache.cli import app as cli"
+    command += "; cli.app = lambda **_: warnings.warn('so it\\n is')"
     said = subprocess.run([sys.executable, "-c", f"{command}; cli.main()"], capture_output=True, text=True, check=True)
     assert said.stderr == "fsdc: so it is\n"
 
@@ -176,7 +181,7 @@ print(_build_backend._write_editable(distribution, {str(tmp_path)!r}))
     (installed,) = importlib.metadata.distributions(path=[str(tmp_path / "site")])
     assert installed.version == fixed_size_kv_cache.__version__
     assert (tmp_path / "site" / f"fixed_size_kv_cache-{installed.version}.pth").read_text() == f"{ROOT / 'python'}\n"
-    assert [(x.name, x.value) for x in installed.entry_points] == [("fsdc", "fixed_size_kv_cache.cli:main")]
+    assert [(x.name, x.value) for x in installed.entry_points] == [("fsdc", "fixed_size_kv_cache.cli.app:main")]
     assert {"torch>=2.11", "safetensors", 'pytest; extra == "test"'} <= set(installed.requires)
     assert installed.metadata["License"] == "Apache-2.0"
     assert installed.files and all(file.hash for file in installed.files if file.suffix == ".pth")

@@ -44,4 +44,4 @@ BUILD = read_build_info()
 if _problem := problem(BUILD, torch.__version__, torch.version.cuda):
     raise ImportError(_problem)
 
-from . import _C  # noqa: E402, F401
+from .. import _C  # noqa: E402, F401

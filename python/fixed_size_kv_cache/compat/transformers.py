@@ -8,7 +8,7 @@ the methods that go through them itself. (4.54 and 4.55 were in between and are 
 import inspect
 from typing import NamedTuple
 
-from . import _transformers  # noqa: F401  first: where there is none it says how to get it
+from . import require  # noqa: F401  first: where there is none it says how to get it
 
 # isort: split
 import torch
