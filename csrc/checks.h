@@ -5,8 +5,11 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -108,6 +111,19 @@ inline DType to_dtype(ScalarType type) {
 
 inline void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank, const char* shape) {
   FSDC_CHECK(tensor.dim() == rank, op, ": ", name, " must be ", shape, "; got sizes ", to_text(tensor.sizes()));
+}
+
+// All sizes at once; `shape` names them.
+inline void check_sizes(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                        const char* shape) {
+  const auto have = tensor.sizes();
+  FSDC_CHECK(std::equal(have.begin(), have.end(), sizes.begin(), sizes.end()), op, ": ", name, " must be ", shape,
+             " = ", to_text(IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())), "; got sizes ", to_text(have));
+}
+
+inline void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
+  FSDC_CHECK(tensor.scalar_type() == type, op, ": ", name, " must be ", to_text(type), "; got ",
+             to_text(tensor.scalar_type()));
 }
 
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {

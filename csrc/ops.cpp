@@ -13,4 +13,13 @@ STABLE_TORCH_LIBRARY(fsdc, m) {
   m.def(
       "accumulate_scores_(Tensor(a!) scores, Tensor weights, Tensor? query_weights=None, Tensor? carry=None)"
       " -> ()");
+
+  // Attention of many new tokens to the tokens held, [B, H, S, ...] with the new ones last, and to each other; it is
+  // added to the scores. With a head_layout of unequal heads [B, rows, ...].
+  m.def(
+      "chunk_attention_(Tensor query, Tensor keys, Tensor values, *, float scaling, Tensor(a!)? facts=None,"
+      " Tensor? positions=None, Tensor? query_weights=None, Tensor? carry=None, bool redundancy=False,"
+      " Tensor? sees=None, float? softcap=None, Tensor? sinks=None, Tensor? head_layout=None,"
+      " Tensor? skipped_keys=None, Tensor? skipped_values=None, Tensor? skipped_count=None, Tensor(b!)? lost=None,"
+      " bool skipped_mean=True) -> Tensor output");
 }

@@ -17,8 +17,8 @@ HEAD = """\
 
 `import fixed_size_kv_cache` loads them as `torch.ops.fsdc`. This page is written by `docs/write_operators.py` from the
 schemas in `csrc/ops.cpp` and the docstrings in
-[reference.py](../python/fixed_size_kv_cache/reference.py), the specification in plain torch that CPU and CUDA match bit
-for bit. From C++ they are functions of the same names in `csrc/fsdc.h`.
+[reference.py](../python/fixed_size_kv_cache/operators/reference.py), the specification in plain torch that CPU and CUDA
+match bit for bit, and attention approaches. From C++ they are functions of the same names in `csrc/fsdc.h`.
 
 `B` batch, `H` KV heads, `G` query heads per KV head, `Hq = H * G`, `Q` new queries, `S` tokens seen, `D` head
 dimension.

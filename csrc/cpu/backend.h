@@ -24,6 +24,7 @@ class CpuBackend {
   bool truncate_sums_weights(const TruncateParams&) const { return false; }
   void truncate(const TruncateParams& params) const { cpu::truncate(params, TorchThreads()); }
   void accumulate_scores(const AccumulateScoresParams& params) const { cpu::accumulate_scores(params, TorchThreads()); }
+  void chunk_attention(const ChunkAttentionParams& params) const { cpu::chunk_attention(params, TorchThreads()); }
 };
 
 }  // namespace fsdc

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/accumulate_scores.h"
+#include "kernels/chunk_attention.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/truncate.h"
@@ -13,5 +14,7 @@ namespace fsdc::cpu {
 void truncate(const TruncateParams& params, const Parallel& parallel, Isa isa = active_isa());
 
 void accumulate_scores(const AccumulateScoresParams& params, const Parallel& parallel, Isa isa = active_isa());
+
+void chunk_attention(const ChunkAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
 
 }  // namespace fsdc::cpu

@@ -104,7 +104,7 @@ def test_the_operators_page_is_that_of_the_docstrings(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     import write_operators
 
-    assert list(write_operators.schemas()) == ["truncate", "accumulate_scores_"]
+    assert list(write_operators.schemas()) == ["truncate", "accumulate_scores_", "chunk_attention_"]
     assert write_operators.PAGE.read_text() == write_operators.page()
 
 

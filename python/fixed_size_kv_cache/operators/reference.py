@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators in plain torch: the specification that CPU and CUDA kernels match bit for bit.
+"""The operators in plain torch: the specification that kernels match bit for bit; that of attention they approach.
 
 Letters, here and everywhere: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``Hq = H * G``, ``Q`` new
 queries, ``S`` tokens seen, ``D`` head dimension. A score says how much attention a token got; the larger stays.
@@ -8,7 +8,9 @@ queries, ``S`` tokens seen, ``D`` head dimension. A score says how much attentio
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_scores_", "rank", "sum_skipped", "truncate"]
+from .reference_chunk import chunk_attention_
+
+__all__ = ["accumulate_scores_", "chunk_attention_", "rank", "sum_skipped", "truncate"]
 
 SUM_SEGMENTS = 16
 """Runs of tokens that the skipped entry is summed over, see :func:`sum_skipped`."""

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .checks import check_accumulate_scores, check_truncate
+from .checks import check_accumulate_scores, check_chunk_attention, check_truncate
 from .load import BUILD
 
 truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
-OPERATORS = ("truncate", "accumulate_scores_")  # in the order of csrc/ops.cpp
+chunk_attention_ = torch.ops.fsdc.chunk_attention_.default
+OPERATORS = ("truncate", "accumulate_scores_", "chunk_attention_")  # in the order of csrc/ops.cpp
+CPU_ONLY = ("chunk_attention_",)  # so far
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
@@ -32,6 +34,12 @@ def _(keys: Tensor, values: Tensor, scores: Tensor, cache_size: int, *, include_
 @torch.library.register_fake("fsdc::accumulate_scores_")
 def _(scores: Tensor, weights: Tensor, query_weights: Tensor | None = None, carry: Tensor | None = None) -> None:
     check_accumulate_scores(scores, weights, query_weights, carry)
+
+
+@torch.library.register_fake("fsdc::chunk_attention_")
+def _(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, **options) -> Tensor:
+    check_chunk_attention(query, keys, values, **options)
+    return query.new_empty((*query.shape[:3], values.shape[-1]))
 
 
 def _refuse_gradients(operator, *args, **kwargs):
@@ -65,7 +73,15 @@ def _refuse_cuda(name: str, *args, **kwargs):
     )
 
 
+def _refuse_cuda_for_now(name: str, *args, **kwargs):
+    raise RuntimeError(
+        f"{name}: tensors must be on the CPU, it has no CUDA kernel so far; got tensors on a CUDA device"
+    )
+
+
 for _name in OPERATORS:
     _library.impl(_name, functools.partial(_refuse_gradients, getattr(torch.ops.fsdc, _name).default), "Autograd")
-    if BUILD["cuda"] is None:
+    if _name in CPU_ONLY:
+        _library.impl(_name, functools.partial(_refuse_cuda_for_now, _name), "CUDA")
+    elif BUILD["cuda"] is None:
         _library.impl(_name, functools.partial(_refuse_cuda, _name), "CUDA")
