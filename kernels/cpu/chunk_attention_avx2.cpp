@@ -15,8 +15,6 @@ namespace fsdc::cpu::avx2 {
 
 namespace {
 #include "kernels/cpu/vectors_avx2.inc"
-
-#include "kernels/cpu/vectors.inc"
 }  // namespace
 #include "kernels/cpu/chunk_attention.inc"
 

@@ -10,8 +10,6 @@ namespace fsdc::cpu::portable {
 
 namespace {
 #include "kernels/cpu/vectors_portable.inc"
-
-#include "kernels/cpu/vectors.inc"
 }  // namespace
 #include "kernels/cpu/chunk_attention.inc"
 
