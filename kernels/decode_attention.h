@@ -74,8 +74,8 @@ struct DecodeAttentionParams {
   const bool* is_protected;  // [B]: the user protects the new token; null: none
   int64_t protected_stride;
 
-  float scaling;
-  float softcap;      // 0: none
+  double scaling;     // of fp64 in fp64
+  double softcap;     // 0: none
   const void* sinks;  // attention sinks [H * G], contiguous; null: none
   DType sinks_dtype;
 
