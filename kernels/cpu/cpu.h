@@ -5,6 +5,7 @@
 #include "kernels/accumulate_scores.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/decode_attention.h"
 #include "kernels/truncate.h"
 
 namespace fsdc::cpu {
@@ -13,5 +14,8 @@ void truncate(const TruncateParams& params, const Parallel& parallel, const Kern
 
 void accumulate_scores(const AccumulateScoresParams& params, const Parallel& parallel,
                        const KernelTable& kernels = active_kernels());
+
+void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel,
+                      const KernelTable& kernels = active_kernels());
 
 }  // namespace fsdc::cpu

@@ -23,8 +23,9 @@ const std::vector<const KernelTable*>& available_kernels() {
     std::vector<const KernelTable*> kernels;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                          __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
       kernels.push_back(&avx512::kKernels);

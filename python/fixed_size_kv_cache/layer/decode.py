@@ -7,12 +7,18 @@ Shapes and addresses are those of the step before, and nothing waits for the dev
 import torch
 from torch import Tensor
 
-from ..operators.register import accumulate_scores_
+from ..operators.register import accumulate_scores_, decode_attention_
 from ..settings import FixedSizeCacheConfig
 from . import score_rule
 from .attention import LogitRule, Skipped, attend_with_weights
 from .new_tokens import Stage
+from .protected_spans import in_spans
 from .slots import SCORES, Slots, Tokens
+
+
+def is_fused(settings: FixedSizeCacheConfig, device: torch.device) -> bool:
+    """Whether steps are one call of ``decode_attention_``: not for the baselines, and not on CUDA yet."""
+    return settings.policy == "attention" and device.type == "cpu"
 
 
 def attend(
@@ -23,7 +29,64 @@ def attend(
     rule: LogitRule,
     skipped: Skipped | None,
 ) -> Tensor:
-    """The whole step in plain torch, ``[B, Hq, 1, D]``: what every other path is held to."""
+    """The whole step, ``[B, Hq, 1, Dv]``."""
+    step = attend_fused if is_fused(settings, query.device) else attend_plain
+    return step(slots, settings, stage, query, rule, skipped)
+
+
+def attend_fused(
+    slots: Slots,
+    settings: FixedSizeCacheConfig,
+    stage: Stage,
+    query: Tensor,
+    rule: LogitRule,
+    skipped: Skipped | None,
+) -> Tensor:
+    """:func:`attend` by ``torch.ops.fsdc.decode_attention_``, to which an empty entry is no entry."""
+    T, entry = stage.held, {}
+    if slots.skipped is not None:
+        keys, values, count, lost, mode = slots.skipped
+        entry = {
+            "skipped_keys": keys,
+            "skipped_values": values,
+            "skipped_count": count,
+            "lost": lost,
+            "skipped_mean": mode == "mean",
+        }
+    output = decode_attention_(
+        query,
+        stage.keys,
+        stage.values,
+        *slots.tokens,
+        slots.seen,
+        T,
+        scaling=rule.scaling,
+        decay=settings.score_decay,
+        prior=settings.score_prior,
+        redundancy=settings.redundancy,
+        value_weight=settings.value_weight,
+        sink_tokens=settings.sink_tokens,
+        recent_tokens=settings.recent_tokens,
+        softcap=rule.softcap,
+        sinks=rule.sinks,
+        valid=None if stage.valid is None else stage.valid[:, 0],
+        protected=None if slots.spans is None else in_spans(slots.spans, slots.seen[:, None])[:, 0],
+        **entry,
+    )
+    if settings.slots == T:
+        slots.is_ordered = False
+    return output
+
+
+def attend_plain(
+    slots: Slots,
+    settings: FixedSizeCacheConfig,
+    stage: Stage,
+    query: Tensor,  # [B, Hq, 1, D]
+    rule: LogitRule,
+    skipped: Skipped | None,
+) -> Tensor:
+    """:func:`attend` in plain torch: what the operator is held to, and the only way of the baselines."""
     (B, H, _, D), T = stage.keys.shape, stage.held
     token = new_token(slots, stage)
     write_new(slots, T, token)

@@ -63,14 +63,7 @@ def check_accumulate_scores(
     _check_same_device(op, "weights", weights, "scores", scores)
     B, Q = scores.shape[0], weights.shape[2]
     _check_weights(op, "weights", weights, *scores.shape)
-    for dim in range(3):
-        torch._check(
-            sym_or(scores.numel() == 0, scores.shape[dim] <= 1, scores.stride(dim) != 0),
-            lambda: (
-                f"{op}: scores must not overlap itself in memory, it is written to; "
-                f"got strides {list(scores.stride())}; call .clone()"
-            ),
-        )
+    _check_no_self_overlap(op, "scores", scores)
     if query_weights is not None:
         _check_float32(op, "query_weights", query_weights)
         _check_same_device(op, "query_weights", query_weights, "scores", scores)
@@ -127,6 +120,22 @@ def _check_contiguous_rows(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
+def _check_no_self_overlap(op: str, name: str, tensor: Tensor) -> None:
+    """Of a tensor that is written; by its strides of 0."""
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        torch._check(
+            sym_or(tensor.numel() == 0, size <= 1, stride != 0),
+            lambda: (
+                f"{op}: {name} must not overlap itself in memory, it is written to; "
+                f"got strides {list(tensor.stride())}; call .clone()"
+            ),
+        )
+
+
+def _multiple_of_heads(query_heads: int, H: int):
+    return query_heads == 0 if isinstance(H, int) and H == 0 else sym_and(query_heads > 0, query_heads % H == 0)
+
+
 def _check_weights(op: str, name: str, weights: Tensor, B: int, H: int, S: int) -> None:
     torch._check(
         _equal([weights.shape[0], weights.shape[3]], [B, S]),
@@ -134,6 +143,6 @@ def _check_weights(op: str, name: str, weights: Tensor, B: int, H: int, S: int) 
     )
     query_heads = weights.shape[1]
     torch._check(
-        query_heads == 0 if isinstance(H, int) and H == 0 else sym_and(query_heads > 0, query_heads % H == 0),
+        _multiple_of_heads(query_heads, H),
         lambda: f"{op}: {name} must have a multiple of the {H} KV heads; got {query_heads} heads",
     )
