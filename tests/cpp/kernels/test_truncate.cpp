@@ -37,17 +37,33 @@ std::vector<int64_t> select(const cpu::KernelTable& kernels, const std::vector<f
 
 // Rows of one layer: keys count up, values down, so every element tells where it came from.
 struct Layer {
-  int64_t batch = 2, heads = 3, tokens = 70, head_dim = 5, value_dim = 9;
+  int64_t batch = 2, heads = 3, tokens = 70, head_dim = 5, value_dim;
+  bool tokens_before_heads = false;  // [B, S, H, D], seen as [B, H, S, D]
+  int64_t score_head_stride = tokens + 2, score_batch_stride = heads * score_head_stride + 5;
   std::vector<float> keys, values, scores;
 
-  Layer() {
+  explicit Layer(int64_t value_columns = 9) : value_dim(value_columns) {
     keys.resize(batch * heads * tokens * head_dim);
     values.resize(batch * heads * tokens * value_dim);
-    scores.resize(batch * heads * tokens);
+    scores.resize(batch * score_batch_stride);
     for (size_t i = 0; i < keys.size(); ++i) keys[i] = float(i);
     for (size_t i = 0; i < values.size(); ++i) values[i] = -float(i);
     std::mt19937 generator(7);
     for (float& score : scores) score = std::generate_canonical<float, 24>(generator);
+  }
+
+  // How many tokens lie before this one.
+  int64_t place(int64_t row, int64_t token) const {
+    return tokens_before_heads ? (row / heads * tokens + token) * heads + row % heads : row * tokens + token;
+  }
+
+  TokenRows token_rows(const std::vector<float>& from, int64_t dim, std::vector<float>& to) const {
+    return {from.data(), heads * tokens * dim, place(1, 0) * dim, place(0, 1) * dim, dim, to.data()};
+  }
+
+  std::vector<float> scores_of(int64_t row) const {
+    const auto begin = scores.begin() + row / heads * score_batch_stride + row % heads * score_head_stride;
+    return {begin, begin + tokens};
   }
 };
 
@@ -62,9 +78,6 @@ Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::P
   const int64_t rows = layer.batch * layer.heads, entries = kept + has_skipped;
   Result out{std::vector<float>(rows * entries * layer.head_dim, kNaN),
              std::vector<float>(rows * entries * layer.value_dim, kNaN), std::vector<int64_t>(rows * entries, -7)};
-  auto token_rows = [&](const std::vector<float>& from, int64_t dim, std::vector<float>& to) {
-    return TokenRows{from.data(), layer.heads * layer.tokens * dim, layer.tokens * dim, dim, dim, to.data()};
-  };
   cpu::truncate({.batch = layer.batch,
                  .heads = layer.heads,
                  .tokens = layer.tokens,
@@ -72,10 +85,10 @@ Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::P
                  .has_skipped = has_skipped,
                  .dtype = DType::kFloat32,
                  .scores = layer.scores.data(),
-                 .score_batch_stride = layer.heads * layer.tokens,
-                 .score_head_stride = layer.tokens,
-                 .keys = token_rows(layer.keys, layer.head_dim, out.keys),
-                 .values = token_rows(layer.values, layer.value_dim, out.values),
+                 .score_batch_stride = layer.score_batch_stride,
+                 .score_head_stride = layer.score_head_stride,
+                 .keys = layer.token_rows(layer.keys, layer.head_dim, out.keys),
+                 .values = layer.token_rows(layer.values, layer.value_dim, out.values),
                  .indices = out.indices.data()},
                 parallel, kernels);
   return out;
@@ -123,16 +136,16 @@ TEST_CASE("selection is right where its sample of the scores misleads") {
 
 TEST_CASE("rows are copied whole and to their place") {
   const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
-  const Layer layer;
+  Layer layer;
+  layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69, 70);
   const Result out = truncate(layer, kept, false, cpu::Sequential(), kernels);
   for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
-    const auto begin = layer.scores.begin() + row * layer.tokens;
-    const std::vector<int64_t> expected = test::select({begin, begin + layer.tokens}, kept);
+    const std::vector<int64_t> expected = test::select(layer.scores_of(row), kept);
     for (int64_t i = 0; i < kept; ++i) {
-      CAPTURE(kernels.isa, row, i);
+      CAPTURE(kernels.isa, layer.tokens_before_heads, row, i);
       REQUIRE(out.indices[row * kept + i] == expected[i]);
-      const int64_t token = row * layer.tokens + expected[i];
+      const int64_t token = layer.place(row, expected[i]);
       for (int64_t d = 0; d < layer.head_dim; ++d) {
         REQUIRE(out.keys[(row * kept + i) * layer.head_dim + d] == layer.keys[token * layer.head_dim + d]);
       }
@@ -145,7 +158,8 @@ TEST_CASE("rows are copied whole and to their place") {
 
 TEST_CASE("the last entry is the sum of the skipped tokens") {
   const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
-  const Layer layer;
+  Layer layer(GENERATE(9, 300));  // columns are summed 256 at a time
+  layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69);
   const Result out = truncate(layer, kept, true, cpu::Sequential(), kernels);
   for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
@@ -155,7 +169,7 @@ TEST_CASE("the last entry is the sum of the skipped tokens") {
       double sum = 0;  // exact: these are whole numbers below 2^24
       for (int64_t token = 0; token < layer.tokens; ++token) {
         if (!std::binary_search(indices, indices + kept, token)) {
-          sum += layer.values[(row * layer.tokens + token) * layer.value_dim + d];
+          sum += layer.values[layer.place(row, token) * layer.value_dim + d];
         }
       }
       CAPTURE(kernels.isa, row, d);
