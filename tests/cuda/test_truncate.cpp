@@ -143,7 +143,7 @@ TEST_CASE("truncate: strides and alignment") {
     which.scores = random_scores(which.rows() * which.tokens);
     for (const int64_t elements : {1, 2, 4}) {
       // Each alone, so that it alone decides how wide an access may be.
-      for (int64_t TruncateCase::*const shifted :
+      for (int64_t TruncateCase::* const shifted :
            {&TruncateCase::unaligned_elements, &TruncateCase::unaligned_out, &TruncateCase::token_padding,
             &TruncateCase::head_padding, &TruncateCase::batch_padding}) {
         TruncateCase unaligned = which;
