@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/truncate.h"
 #include "threads.h"
 
 namespace {
@@ -27,19 +28,19 @@ std::vector<float> heavy_tailed(int64_t count) {
 
 constexpr int64_t kTurns = 64;
 
-void select_row(benchmark::State& state, const cpu::KernelTable& kernels) {
+void select_row(benchmark::State& state, cpu::Isa isa) {
   const int64_t tokens = state.range(0), kept = state.range(1);
   const std::vector<float> scores = heavy_tailed(kTurns * tokens);
   std::vector<int64_t> indices(kept);
   int64_t turn = 0;
   for (auto _ : state) {
-    kernels.select_row(scores.data() + turn++ % kTurns * tokens, tokens, kept, indices.data());
+    cpu::truncate_loops(isa).select_row(scores.data() + turn++ % kTurns * tokens, tokens, kept, indices.data());
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * (tokens * 4 + kept * 8));
 }
 
-void truncate(benchmark::State& state, const cpu::KernelTable& kernels) {
+void truncate(benchmark::State& state, cpu::Isa isa) {
   static const bench::ThreadPool threads;
   const int64_t tokens = state.range(0), kept = state.range(1);
   const std::vector<float> keys(kRows * tokens * kHeadDim, 1.0f), values(keys);
@@ -63,19 +64,19 @@ void truncate(benchmark::State& state, const cpu::KernelTable& kernels) {
                    .keys = rows(keys, out_keys),
                    .values = rows(values, out_values),
                    .indices = indices.data()},
-                  threads, kernels);
+                  threads, isa);
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * kRows * (tokens * 4 + kept * (8 + 4 * kHeadDim * 4)));
 }
 
 const bool kRegistered = [] {
-  for (const cpu::KernelTable* kernels : cpu::available_kernels()) {
+  for (const cpu::Isa isa : cpu::available_isas()) {
     for (const auto& [tokens, kept] : {std::pair{4096, 1024}, std::pair{32768, 1024}, std::pair{131072, 4096}}) {
-      benchmark::RegisterBenchmark(("select_row/" + std::string(kernels->isa)).c_str(), select_row, *kernels)
+      benchmark::RegisterBenchmark(("select_row/" + std::string(cpu::name_of(isa))).c_str(), select_row, isa)
           ->Args({tokens, kept});
     }
-    benchmark::RegisterBenchmark(("truncate/" + std::string(kernels->isa)).c_str(), truncate, *kernels)
+    benchmark::RegisterBenchmark(("truncate/" + std::string(cpu::name_of(isa))).c_str(), truncate, isa)
         ->Args({32768, 1024})
         ->UseRealTime();
   }

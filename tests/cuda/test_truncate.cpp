@@ -17,12 +17,12 @@ std::vector<float> random_scores(int64_t count) { return hostile_scores(count).a
 // Ways to share a row among blocks.
 std::vector<cuda::TruncatePlan> all_plans() {
   std::vector<cuda::TruncatePlan> plans;
-  for (const bool keys_on_chip : {false, true}) {
+  for (const bool codes_on_chip : {false, true}) {
     for (const uint32_t cluster : {1u, 2u, 4u, 8u}) {
-      if (cluster <= most_in_cluster()) plans.push_back({cluster, 1, keys_on_chip});
+      if (cluster <= most_in_cluster()) plans.push_back({cluster, 1, codes_on_chip});
     }
-    plans.push_back({1, 3, keys_on_chip});
-    plans.push_back({std::min(2u, most_in_cluster()), 2, keys_on_chip});
+    plans.push_back({1, 3, codes_on_chip});
+    plans.push_back({std::min(2u, most_in_cluster()), 2, codes_on_chip});
   }
   return plans;
 }
@@ -70,8 +70,8 @@ TEST_CASE("truncate: round borders") {
     for (const bool has_skipped : {false, true}) {
       which.has_skipped = has_skipped;
       const TruncateResult expected = truncate_on_cpu(which);
-      for (const bool keys_on_chip : {false, true}) {
-        which.plan = {cluster, 1, keys_on_chip};
+      for (const bool codes_on_chip : {false, true}) {
+        which.plan = {cluster, 1, codes_on_chip};
         check_truncate(which, expected);
       }
     }

@@ -191,7 +191,7 @@ inline TruncateResult truncate_on_device(const TruncateCase& which) {
 }
 
 inline void check_truncate(const TruncateCase& which, const TruncateResult& expected) {
-  CAPTURE(which.plan.cluster, which.plan.clusters_per_row, which.plan.keys_on_chip, which.weights.is_used);
+  CAPTURE(which.plan.cluster, which.plan.clusters_per_row, which.plan.codes_on_chip, which.weights.is_used);
   CAPTURE(which.batch, which.heads, which.tokens, which.kept, which.has_skipped, int(which.dtype), which.key_dim,
           which.value_dim, which.token_padding, which.head_padding, which.batch_padding, which.tokens_before_heads,
           which.unaligned_elements, which.unaligned_out, which.broadcast_tokens, which.score_padding);

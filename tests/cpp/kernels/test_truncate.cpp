@@ -10,6 +10,7 @@
 
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/element.h"
+#include "kernels/cpu/truncate.h"
 #include "reference.h"
 #include "threads.h"
 
@@ -27,9 +28,9 @@ std::vector<float> random_scores(int64_t tokens, const std::vector<float>& from,
   return scores;
 }
 
-std::vector<int64_t> select(const cpu::KernelTable& kernels, const std::vector<float>& scores, int64_t kept) {
+std::vector<int64_t> select(cpu::Isa isa, const std::vector<float>& scores, int64_t kept) {
   std::vector<int64_t> indices(kept + 1, -7);  // one more: it must not be touched
-  kernels.select_row(scores.data(), int64_t(scores.size()), kept, indices.data());
+  cpu::truncate_loops(isa).select_row(scores.data(), int64_t(scores.size()), kept, indices.data());
   CHECK(indices.back() == -7);
   indices.pop_back();
   return indices;
@@ -73,8 +74,7 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
-Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::Parallel& parallel,
-                const cpu::KernelTable& kernels) {
+Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::Parallel& parallel, cpu::Isa isa) {
   const int64_t rows = layer.batch * layer.heads, entries = kept + has_skipped;
   Result out{std::vector<float>(rows * entries * layer.head_dim, kNaN),
              std::vector<float>(rows * entries * layer.value_dim, kNaN), std::vector<int64_t>(rows * entries, -7)};
@@ -90,14 +90,14 @@ Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::P
                  .keys = layer.token_rows(layer.keys, layer.head_dim, out.keys),
                  .values = layer.token_rows(layer.values, layer.value_dim, out.values),
                  .indices = out.indices.data()},
-                parallel, kernels);
+                parallel, isa);
   return out;
 }
 
 }  // namespace
 
 TEST_CASE("selection keeps the best, of equal ones the newer, in ascending order") {
-  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
   const std::vector<std::vector<float>> alphabets = {
       {0.0f},
       {0.0f, -0.0f},
@@ -111,15 +111,15 @@ TEST_CASE("selection keeps the best, of equal ones the newer, in ascending order
     for (int64_t tokens : {1, 2, 63, 64, 65, 128, 1000, 9000}) {
       const std::vector<float> scores = random_scores(tokens, alphabet, uint32_t(tokens));
       for (int64_t kept : {int64_t{0}, int64_t{1}, tokens / 3, tokens / 2, tokens - 1, tokens}) {
-        CAPTURE(kernels.isa, tokens, kept, alphabet);
-        CHECK(select(kernels, scores, kept) == test::select(scores, kept));
+        CAPTURE(cpu::name_of(isa), tokens, kept, alphabet);
+        CHECK(select(isa, scores, kept) == test::select(scores, kept));
       }
     }
   }
 }
 
 TEST_CASE("selection is right where its sample of the scores misleads") {
-  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
   constexpr int64_t kTokens = 16384;
   for (int64_t offset = 0; offset < 16; ++offset) {  // the sample looks at every 16th
     std::vector<float> scores(kTokens);
@@ -128,22 +128,22 @@ TEST_CASE("selection is right where its sample of the scores misleads") {
       scores[i] = std::generate_canonical<float, 24>(generator) * (i % 16 == offset ? 1e3f : 1e-3f);
     }
     for (int64_t kept : {1, 100, 1024, 1025, 9000}) {
-      CAPTURE(kernels.isa, offset, kept);
-      CHECK(select(kernels, scores, kept) == test::select(scores, kept));
+      CAPTURE(cpu::name_of(isa), offset, kept);
+      CHECK(select(isa, scores, kept) == test::select(scores, kept));
     }
   }
 }
 
 TEST_CASE("rows are copied whole and to their place") {
-  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
   Layer layer;
   layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69, 70);
-  const Result out = truncate(layer, kept, false, cpu::Sequential(), kernels);
+  const Result out = truncate(layer, kept, false, cpu::Sequential(), isa);
   for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
     const std::vector<int64_t> expected = test::select(layer.scores_of(row), kept);
     for (int64_t i = 0; i < kept; ++i) {
-      CAPTURE(kernels.isa, layer.tokens_before_heads, row, i);
+      CAPTURE(cpu::name_of(isa), layer.tokens_before_heads, row, i);
       REQUIRE(out.indices[row * kept + i] == expected[i]);
       const int64_t token = layer.place(row, expected[i]);
       for (int64_t d = 0; d < layer.head_dim; ++d) {
@@ -157,11 +157,11 @@ TEST_CASE("rows are copied whole and to their place") {
 }
 
 TEST_CASE("the last entry is the sum of the skipped tokens") {
-  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
   Layer layer(GENERATE(9, 300));  // columns are summed 256 at a time
   layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69);
-  const Result out = truncate(layer, kept, true, cpu::Sequential(), kernels);
+  const Result out = truncate(layer, kept, true, cpu::Sequential(), isa);
   for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
     const int64_t* indices = out.indices.data() + row * (kept + 1);
     CHECK(indices[kept] == -1);
@@ -172,7 +172,7 @@ TEST_CASE("the last entry is the sum of the skipped tokens") {
           sum += layer.values[layer.place(row, token) * layer.value_dim + d];
         }
       }
-      CAPTURE(kernels.isa, row, d);
+      CAPTURE(cpu::name_of(isa), row, d);
       CHECK(out.values[(row * (kept + 1) + kept) * layer.value_dim + d] == float(sum));
     }
   }
@@ -180,9 +180,9 @@ TEST_CASE("the last entry is the sum of the skipped tokens") {
 
 TEST_CASE("threads change nothing") {
   const Layer layer;
-  const cpu::KernelTable& kernels = cpu::active_kernels();
+  const cpu::Isa isa = cpu::active_isa();
   for (bool has_skipped : {false, true}) {
-    const Result expected = truncate(layer, 20, has_skipped, cpu::Sequential(), kernels);
-    for (int threads : {2, 3, 7}) CHECK(truncate(layer, 20, has_skipped, test::Threads(threads), kernels) == expected);
+    const Result expected = truncate(layer, 20, has_skipped, cpu::Sequential(), isa);
+    for (int threads : {2, 3, 7}) CHECK(truncate(layer, 20, has_skipped, test::Threads(threads), isa) == expected);
   }
 }

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops for any processor: SSE2 on x86-64, NEON on 64-bit Arm, as the compiler vectorises them.
+// The loops of truncate for any processor: SSE2 on x86-64, NEON on 64-bit Arm, as the compiler vectorises them.
 #include "kernels/cpu/loops_includes.h"
+#include "kernels/cpu/truncate.h"
+#include "kernels/score_order.h"
 
 namespace fsdc::cpu::portable {
 
-inline constexpr const char* kIsa = "portable";
+namespace {
 
-using Keys = uint32_t __attribute__((vector_size(16)));
+using Codes = uint32_t __attribute__((vector_size(16)));
 
-// Bit i: keys[i] >= threshold.
-inline uint32_t at_least(Keys keys, uint32_t threshold) {
-  const Keys bits = reinterpret_cast<Keys>(keys >= threshold) & Keys{1, 2, 4, 8};
+// Bit i: codes[i] >= threshold.
+inline uint32_t at_least(Codes codes, uint32_t threshold) {
+  const Codes bits = reinterpret_cast<Codes>(codes >= threshold) & Codes{1, 2, 4, 8};
   return (bits[0] | bits[1]) | (bits[2] | bits[3]);
 }
 
@@ -18,7 +20,7 @@ inline uint32_t at_least(Keys keys, uint32_t threshold) {
 inline uint32_t not_less(const float* scores, float floor) {
   float __attribute__((vector_size(16))) four;
   std::memcpy(&four, scores, sizeof(four));
-  return at_least(reinterpret_cast<Keys>(~(four < floor)), 1u);
+  return at_least(reinterpret_cast<Codes>(~(four < floor)), 1u);
 }
 
 // Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote.
@@ -27,6 +29,8 @@ inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
   return out;
 }
 
-#include "kernels/cpu/loops.inc"
+}  // namespace
+
+#include "kernels/cpu/truncate.inc"
 
 }  // namespace fsdc::cpu::portable

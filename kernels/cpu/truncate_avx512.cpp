@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops for x86-64 with AVX-512 (F, BW, DQ, VL).
+// The loops of truncate for x86-64 with AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "kernels/cpu/loops_includes.h"
+#include "kernels/cpu/truncate.h"
+#include "kernels/score_order.h"
 
-FSDC_BEGIN_TARGET("avx2,bmi,popcnt,avx512f,avx512bw,avx512dq,avx512vl")
+FSDC_BEGIN_AVX512
 
 namespace fsdc::cpu::avx512 {
 
-inline constexpr const char* kIsa = "avx512";
+namespace {
 
-using Keys = uint32_t __attribute__((vector_size(64)));
+using Codes = uint32_t __attribute__((vector_size(64)));
 
-// Bit i: keys[i] >= threshold.
-inline uint32_t at_least(Keys keys, uint32_t threshold) {
-  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(keys), _mm512_set1_epi32(static_cast<int>(threshold)));
+// Bit i: codes[i] >= threshold.
+inline uint32_t at_least(Codes codes, uint32_t threshold) {
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(static_cast<int>(threshold)));
 }
 
 // Bit i: scores[i] is not less than `floor`; a NaN never is.
@@ -36,7 +38,9 @@ inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
   return out;
 }
 
-#include "kernels/cpu/loops.inc"
+}  // namespace
+
+#include "kernels/cpu/truncate.inc"
 
 }  // namespace fsdc::cpu::avx512
 

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops for x86-64 with AVX2.
+// The loops of truncate for x86-64 with AVX2.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "kernels/cpu/loops_includes.h"
+#include "kernels/cpu/truncate.h"
+#include "kernels/score_order.h"
 
-FSDC_BEGIN_TARGET("avx2,bmi")
+FSDC_BEGIN_AVX2
 
 namespace fsdc::cpu::avx2 {
 
-inline constexpr const char* kIsa = "avx2";
+namespace {
 
-using Keys = uint32_t __attribute__((vector_size(32)));
+using Codes = uint32_t __attribute__((vector_size(32)));
 
-// Bit i: keys[i] >= threshold.
-inline uint32_t at_least(Keys keys, uint32_t threshold) {
-  const __m256i key = reinterpret_cast<__m256i>(keys);
-  const __m256i larger = _mm256_max_epu32(key, _mm256_set1_epi32(static_cast<int>(threshold)));
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, key))));
+// Bit i: codes[i] >= threshold.
+inline uint32_t at_least(Codes codes, uint32_t threshold) {
+  const __m256i code = reinterpret_cast<__m256i>(codes);
+  const __m256i larger = _mm256_max_epu32(code, _mm256_set1_epi32(static_cast<int>(threshold)));
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(larger, code))));
 }
 
 // Bit i: scores[i] is not less than `floor`; a NaN never is.
@@ -32,7 +34,9 @@ inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
   return out;
 }
 
-#include "kernels/cpu/loops.inc"
+}  // namespace
+
+#include "kernels/cpu/truncate.inc"
 
 }  // namespace fsdc::cpu::avx2
 
