@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adoption
-from ._compat import BaseCache, DynamicLayer, init_cache
-from .attention import LogitRule
-from .capability import check_config, check_layers
-from .handoff import HANDOFF
-from .held_tensors import HeldTensors
-from .layer import FixedSizeLayer
-from .masks import read_mask
+from . import legacy
+from .compat.capability import check_config, check_layers
+from .compat.transformers import SHOWS_PADDING_EVERYTHING, BaseCache, DynamicLayer, init_cache
+from .layer.attention import LogitRule
+from .layer.handoff import HANDOFF
+from .layer.layer import FixedSizeLayer
+from .layer.new_tokens import read_mask
 from .settings import FixedSizeCacheConfig, read_settings
 
 __all__ = ["FixedSizeDynamicCache"]
@@ -28,10 +27,10 @@ __all__ = ["FixedSizeDynamicCache"]
 class FixedSizeDynamicCache(BaseCache):
     """A ``DynamicCache`` that holds at most ``cache_size`` tokens per layer and KV head.
 
-    Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.score_rule`. ``get_seq_length()`` is
-    the number of tokens seen, not of those held. All arguments are keywords; what is not given comes from the
-    environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or from the
-    defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
+    Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.layer.score_rule`.
+    ``get_seq_length()`` is the number of tokens seen, not of those held. All arguments are keywords; what is not given
+    comes from the environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or
+    from the defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
 
     Args:
         config: the model's config. Layers with a sliding window keep transformers' own cache, and so do the linear
@@ -177,9 +176,7 @@ class FixedSizeDynamicCache(BaseCache):
         self.record_past = False
         for layer in self.layers:
             if isinstance(layer, FixedSizeLayer):
-                layer.record_past = False
-                if layer.staged is None:
-                    layer.crop(0)
+                layer.stop_past_recording()
 
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers. A step that broke off, or recording, ends with it too."""
@@ -210,7 +207,7 @@ class FixedSizeDynamicCache(BaseCache):
             TypeError: for any other cache, naming its class and the remedy.
             ValueError: for a stock cache that already holds tokens of earlier steps.
         """
-        return adoption.from_legacy_cache(cls, cache, layer_idx)
+        return legacy.from_legacy_cache(cls, cache, layer_idx)
 
     @torch.no_grad()
     def cache_truncate(
@@ -239,7 +236,7 @@ class FixedSizeDynamicCache(BaseCache):
         """
         HANDOFF.clear()
         layer = self._own_layer(layer_idx)
-        stage = layer._stage("cache_truncate")
+        stage = layer.stage_of("cache_truncate")
         B, columns = stage.all_keys.shape[0], stage.all_keys.shape[2]
         if query_states.shape[0] != B or query_states.shape[2] != stage.queries:
             raise ValueError(
@@ -252,7 +249,7 @@ class FixedSizeDynamicCache(BaseCache):
                 f"got sizes {list(key_states.shape)}"
             )
         if stage.new is None:  # not our own forward
-            new = read_mask(attention_mask, B, stage.queries, layer.get_seq_length())
+            new = read_mask(attention_mask, B, stage.queries, layer.get_seq_length(), SHOWS_PADDING_EVERYTHING)
             if new.valid is not None and not new.valid.all():
                 raise ValueError(
                     "cache_truncate: attention_mask shows padding, which only our own attention understands; call "
@@ -262,7 +259,7 @@ class FixedSizeDynamicCache(BaseCache):
             if self.settings.include_skipped:
                 _warn_of_entry()
         if attn_weights is None:
-            layer._step(stage, query_states, LogitRule(query_states.shape[-1] ** -0.5))
+            layer.finish(stage, query_states, LogitRule(query_states.shape[-1] ** -0.5))
         elif attn_weights.shape[:2] != query_states.shape[:2]:
             raise ValueError(
                 f"cache_truncate: attn_weights must be [B, Hq, Q, columns] with B, Hq = "
@@ -276,14 +273,14 @@ class FixedSizeDynamicCache(BaseCache):
         return held
 
     @property
-    def key_cache(self) -> HeldTensors:
+    def key_cache(self) -> legacy.HeldTensors:
         """The keys held, a sequence over the layers; the last entry is the sum of the evicted ones, if kept."""
-        return HeldTensors(self, 0)
+        return legacy.HeldTensors(self, 0)
 
     @property
-    def value_cache(self) -> HeldTensors:
+    def value_cache(self) -> legacy.HeldTensors:
         """The values held, as :attr:`key_cache`."""
-        return HeldTensors(self, 1)
+        return legacy.HeldTensors(self, 1)
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         return self.key_cache[layer_idx], self.value_cache[layer_idx]
@@ -297,13 +294,13 @@ class FixedSizeDynamicCache(BaseCache):
 
     def get_held_tokens(self, layer_idx: int = 0) -> Tensor:
         """How many tokens each KV head of a layer holds, int64 ``[B, H]``."""
-        return (self._filled_layer(layer_idx).positions >= 0).sum(-1)
+        return (self._filled_layer(layer_idx).slots.tokens.positions >= 0).sum(-1)
 
     def get_positions(self, layer_idx: int = 0) -> Tensor:
         """Which tokens a layer holds, int32 ``[B, H, T]`` in the order of ``key_cache``: how many real tokens came
         before each in its row, -1 where padding left a slot empty."""
         layer = self._filled_layer(layer_idx)
-        return layer.positions[:, :, : layer.held_slots].clone()
+        return layer.slots.read(layer.tokens_held).positions.clone()
 
     def lost_attention(self, layer_idx: int = 0) -> Tensor:
         """The share of the last step's attention that went to evicted tokens, float32 ``[B, H]`` from 0 to 1.
@@ -319,7 +316,7 @@ class FixedSizeDynamicCache(BaseCache):
                 "lost_attention: the cache must keep the entry of the evicted tokens; got include_skipped=False; make "
                 "it with include_skipped=True"
             )
-        return self._filled_layer(layer_idx).lost.clone()
+        return self._filled_layer(layer_idx).slots.skipped.lost.clone()
 
     @property
     def nbytes(self) -> int:
@@ -331,7 +328,7 @@ class FixedSizeDynamicCache(BaseCache):
     def __repr__(self) -> str:
         own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
         size = self.settings.cache_size
-        if own and own[0]._columns is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return f"{type(self).__name__}(cache_size={size})"  # to ask the device would break the capture
         seen = own[0].get_seq_length() if own else 0
         return f"{type(self).__name__}({min(seen, size)} of {seen} tokens held, cache_size={size})"

@@ -3,7 +3,7 @@
 
 import torch
 
-from fixed_size_kv_cache.attention import LogitRule
+from fixed_size_kv_cache.layer.attention import LogitRule
 
 PLAIN = dict(score_decay=1.0, score_prior=0.0, value_weight=False, redundancy=0.0, sink_tokens=0, recent_tokens=0)
 

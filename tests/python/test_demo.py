@@ -14,8 +14,9 @@ import torch
 from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache import cli
-from fixed_size_kv_cache.recall import contest, demo_view
+from fixed_size_kv_cache.cli import app as cli
+from fixed_size_kv_cache.cli import demo_view
+from fixed_size_kv_cache.recall import contest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--length", "160", "--cache-size", "24")

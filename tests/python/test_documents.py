@@ -14,7 +14,9 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from fixed_size_kv_cache import dynamic_cache, enabling, reference, settings
+from fixed_size_kv_cache import dynamic_cache, settings
+from fixed_size_kv_cache.huggingface import enabling
+from fixed_size_kv_cache.operators import reference
 from fixed_size_kv_cache.recall import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]

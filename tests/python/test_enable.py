@@ -16,7 +16,7 @@ if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import FixedSizeCacheConfig, FixedSizeDynamicCache, as_default, disable, enable
-from fixed_size_kv_cache.attention_interface import fsdc_attention
+from fixed_size_kv_cache.huggingface.attention_interface import fsdc_attention
 
 FEW = dict(max_new_tokens=20, **GREEDY)
 
@@ -90,7 +90,7 @@ def test_an_explicit_cache_wins():
         cache = new_cache(model, 16)
         assert cache_of(model, past_key_values=cache) is cache
     assert_held_within(cache, 16)
-    assert cache.layers[0].held_slots == 16
+    assert cache.layers[0].tokens_held == 16
 
 
 def test_an_empty_dynamic_cache_is_adopted_and_others_raise():
@@ -215,7 +215,7 @@ def test_long_prompts_come_in_chunks():
 
 
 def test_pipelines_and_compiled_modules_are_unwrapped():
-    from fixed_size_kv_cache.enabling import unwrap
+    from fixed_size_kv_cache.huggingface.enabling import unwrap
 
     model = tiny_llama()
     assert unwrap(torch.compile(model)) is model

@@ -17,7 +17,8 @@ from click.testing import Result
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache import cli, generate
+from fixed_size_kv_cache.cli import app as cli
+from fixed_size_kv_cache.cli import generate
 from fixed_size_kv_cache.recall import MODEL
 
 QUESTION = "the code of maple is 47 . the old fox walks to the river . what is the code of maple ?"

@@ -6,13 +6,13 @@ import torch
 import transformers
 from comparison import assert_same_tokens_held
 from llamas import feed, held_positions, new_cache, recipe, tiny_llama, tokens
+from packaging.version import Version
 from steps import PLAIN, attend, step
 
-from fixed_size_kv_cache.attention import LogitRule
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
+from fixed_size_kv_cache.layer.attention import LogitRule
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
-STATE = ("keys", "values", "scores", "positions", "value_weights", "redundancy", "key_scales", "seen")
 FREE = dict(sink_tokens=0, recent_tokens=0)
 RULE = LogitRule(0.5)
 
@@ -87,7 +87,7 @@ def test_after_reset_a_list_for_each_row_may_meet_another_batch():
     cache.batch_select_indices(torch.tensor([0, 1, 2]))
     cache.reset()
     step(cache, x, x, torch.rand(4, 2, 5, 5))
-    assert cache.layers[0].scores[:, 0, :5].isinf().tolist() == [
+    assert cache.layers[0].slots.tokens.scores[:, 0, :5].isinf().tolist() == [
         [False, True, True, False, False],
         [False, True, True, False, False],
         [False, False, True, True, False],
@@ -126,10 +126,10 @@ def test_crop_is_a_run_that_never_saw_the_rejected_tokens(size, kept, blocks, pa
         attend(expected, *part(20, 20 + kept))
         expected.crop(0)
     assert cache.get_seq_length() == expected.get_seq_length() == 20 + kept
-    names = (*STATE, "skipped_keys", "skipped_values", "skipped_count")
-    for name in names:
-        mine, theirs = (getattr(c.layers[0], name) for c in (cache, expected))
-        assert torch.equal(mine, theirs), name
+    mine, theirs = (c.layers[0].slots for c in (cache, expected))
+    for a, b in zip(mine.tensors, theirs.tensors, strict=True):
+        if a is not mine.skipped.lost:  # the attention of other steps
+            assert torch.equal(a, b)
     assert torch.equal(attend(cache, *part(30, 34)), attend(expected, *part(30, 34)))
 
 
@@ -145,11 +145,11 @@ def test_recorded_attention_sees_what_was_recorded():
         [attend(cache, x[:, :, 20:23]), attend(cache, x[:, :, 23:24]), attend(cache, x[:, :, 24:])], dim=2
     )
     torch.testing.assert_close(parts, attend(whole, x[:, :, 20:]), rtol=1e-12, atol=1e-12)
-    assert cache.layers[0].columns == 20 and cache.get_seq_length() == 30
+    assert cache.layers[0].tokens_seen == 20 and cache.get_seq_length() == 30
     assert cache.layers[0].get_mask_sizes(1) == (12 + 10 + 1, 8)
     cache.stop_past_recording()
     attend(cache, x[:, :, :1])  # what nobody took back is folded now
-    assert cache.layers[0].columns == 31 and held_positions(cache.layers[0])[0][-1] == 30
+    assert cache.layers[0].tokens_seen == 31 and held_positions(cache.layers[0])[0][-1] == 30
 
 
 ROWS = {
@@ -224,7 +224,7 @@ def test_counts_positions_and_bytes():
     assert cache.get_held_tokens(0).tolist() == [[6, 6]]
     assert [sorted(head) for head in cache.get_positions(0)[0].tolist()] == held_positions(layer)
     slots = 2 * 7
-    assert cache.nbytes == slots * (3 + 3) * 4 + slots * 5 * 4 + (4 + 4 + 8)  # slots, and seen, carry and columns
+    assert cache.nbytes == slots * (3 + 3) * 4 + slots * 5 * 4 + (4 + 8)  # slots, and seen and columns
 
 
 def test_lost_attention_is_the_share_of_the_entry():
@@ -293,11 +293,13 @@ def test_output_and_votes_in_blocks_are_those_of_one_matrix(rule, padded):
     weights = (e / total).nan_to_num() * mask[:, None, :, None]
     torch.testing.assert_close(output, weights @ values, rtol=1e-10, atol=1e-10)
     votes = weights.unflatten(1, (2, 2)).sum((2, 3)).float()
-    scores = cache.layers[0].scores[:, :, :S]
+    scores = cache.layers[0].slots.tokens.scores[:, :, :S]
     torch.testing.assert_close(scores.masked_fill(scores == -torch.inf, 0), votes, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="upstream counts on the host before transformers 5")
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"), reason="upstream counts on the host before transformers 5"
+)
 @pytest.mark.parametrize("include_skipped", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_step_is_one_graph(backend, include_skipped):
@@ -312,7 +314,7 @@ def test_a_compiled_step_is_one_graph(backend, include_skipped):
     compiled = torch.compile(model.forward, fullgraph=True, backend=backend)
 
     def addresses(cache):
-        return [x.data_ptr() for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
+        return [x.data_ptr() for layer in cache.layers for x in layer.slots.tensors]
 
     with enable(model, cache_size=16), torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         cache, expected = (new_cache(model, 16, include_skipped=include_skipped) for _ in range(2))

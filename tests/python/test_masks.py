@@ -4,8 +4,7 @@
 import pytest
 import torch
 
-from fixed_size_kv_cache import masks
-from fixed_size_kv_cache.masks import read_mask
+from fixed_size_kv_cache.layer.new_tokens import read_mask
 
 PADS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)  # two rows of four new tokens
 CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril() & PADS[:, None, :]  # [2, 4, 4]; rows of padding see nothing
@@ -40,11 +39,10 @@ def test_full_width_and_one_column_too_many():
     assert torch.equal(read_mask(mask[:, None], 2, 4, 5).valid, PADS)
 
 
-def test_rows_of_padding_that_were_shown_everything(monkeypatch):
+def test_rows_of_padding_that_were_shown_everything():
     """4.48 on CUDA."""
-    monkeypatch.setattr(masks, "SHOWS_PADDING_EVERYTHING", True)
     unmasked = torch.where(CAUSAL.any(-1, keepdim=True), CAUSAL, True)
-    assert torch.equal(read_mask(unmasked[:, None], 2, 4, 0).valid, PADS)
+    assert torch.equal(read_mask(unmasked[:, None], 2, 4, 0, shows_padding_everything=True).valid, PADS)
 
 
 def test_a_batch_of_one_stands_for_all_rows():

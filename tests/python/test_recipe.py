@@ -13,7 +13,7 @@ from stories import load_model, needs_stories
 from transformers import DynamicCache
 
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
-from fixed_size_kv_cache.layer import FixedSizeLayer
+from fixed_size_kv_cache.layer.layer import FixedSizeLayer
 
 # The text that users were given, character for character, but for the line that it lacks.
 SNIPPET = """\
@@ -263,7 +263,7 @@ def test_forward_attends_to_the_entry_of_the_evicted_tokens(monkeypatch):
     model, ids = tiny_llama(), tokens(1, 30)
     with recipe():
         with_entry = feed(model, new_cache(model, 12, include_skipped=True), ids)
-        monkeypatch.setattr(FixedSizeLayer, "skipped", None)
+        monkeypatch.setattr(FixedSizeLayer, "_skipped", None)
         without = feed(model, new_cache(model, 12, include_skipped=True), ids)
     assert torch.equal(with_entry[:, :11], without[:, :11])
     assert (with_entry[:, -1] - without[:, -1]).abs().max() > 1e-3

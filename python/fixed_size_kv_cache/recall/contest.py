@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from .._compat import CACHE_NAME
+from ..compat.transformers import CACHE_NAME
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..llama_attention import bind
 from . import MODEL, language

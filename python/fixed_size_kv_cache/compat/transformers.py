@@ -8,11 +8,12 @@ the methods that go through them itself. (4.54 and 4.55 were in between and are 
 import inspect
 from typing import NamedTuple
 
-from . import _transformers  # noqa: F401  first: where there is none it says how to get it
+from . import require  # noqa: F401  first: where there is none it says how to get it
 
 # isort: split
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
@@ -158,7 +159,7 @@ def prompt_length(generation_config, model_kwargs: dict) -> int:
 
 # A prompt in chunks, wrong upstream: below 5.23 it is read from column 0 on, whatever the cache holds; up to 4.57
 # padding is counted in the position ids.
-CHUNKS_FORGET_EARLIER_TURNS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+CHUNKS_FORGET_EARLIER_TURNS = Version(transformers.__version__) < Version("5.23")
 CHUNKS_FORGET_PADDING = hasattr(transformers.GenerationMixin, "_prefill_chunking")
 # Families whose linear layers read a chunk as if nothing had come before it, in every version.
 CHUNKS_FORGET_STATE = ("jamba",)

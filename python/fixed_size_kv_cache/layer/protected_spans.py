@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .settings import FixedSizeCacheConfig
+from ..settings import FixedSizeCacheConfig
 
 Span = tuple[int, int]  # first position, and the one after the last
 

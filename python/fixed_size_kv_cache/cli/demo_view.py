@@ -6,8 +6,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from . import language
-from .contest import NAMES, Race
+from ..recall import language
+from ..recall.contest import NAMES, Race
 
 LINES, WIDTH = 5, 96  # of the text that scrolls by, at most
 EXPLAINS = 96  # columns from which on there is room to explain the contenders

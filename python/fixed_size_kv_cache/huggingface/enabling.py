@@ -5,13 +5,13 @@ import contextlib
 import warnings
 from typing import Any
 
-from . import generation
-from ._compat import set_implementation
+from ..compat.capability import check_config, check_model, text_config
+from ..compat.transformers import set_implementation
+from ..dynamic_cache import FixedSizeDynamicCache
+from ..layer.layer import FixedSizeLayer
+from ..settings import FixedSizeCacheConfig, read_settings
+from . import generate_hook
 from .attention_interface import NAME
-from .capability import check_config, check_model, text_config
-from .dynamic_cache import FixedSizeDynamicCache
-from .layer import FixedSizeLayer
-from .settings import FixedSizeCacheConfig, read_settings
 
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
@@ -27,16 +27,16 @@ class Enabled(contextlib.AbstractContextManager):
 
     def disable(self) -> None:
         """Restores the model's attention and generate()."""
-        if generation.enabled(self.model) is self:
-            delattr(self.model, generation.MARK)
+        if generate_hook.enabled(self.model) is self:
+            delattr(self.model, generate_hook.MARK)
             set_implementation(text_config(self.model.config), self.original)
 
     def __exit__(self, *error: Any) -> None:
-        is_current = generation.enabled(self.model) is self
+        is_current = generate_hook.enabled(self.model) is self
         self.disable()
         if is_current and self.previous is not None:
             set_implementation(text_config(self.model.config), NAME)
-            setattr(self.model, generation.MARK, self.previous)
+            setattr(self.model, generate_hook.MARK, self.previous)
 
     def __repr__(self) -> str:
         return f"Enabled({type(self.model).__name__}, cache_size={self.settings.cache_size})"
@@ -96,7 +96,7 @@ def enable(
     check_config(model.config)
     check_model(model)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
-    previous = generation.enabled(model)
+    previous = generate_hook.enabled(model)
     disable(model)
     handle = Enabled(model, made, chunk, previous)
     if any(isinstance(layer, FixedSizeLayer) for layer in cache.layers):
@@ -107,13 +107,13 @@ def enable(
             "is nothing to cap",
             stacklevel=2,
         )
-    setattr(model, generation.MARK, handle)
+    setattr(model, generate_hook.MARK, handle)
     return handle
 
 
 def disable(model_or_pipeline: Any) -> None:
     """Restores the attention and generate() of a model. Nothing happens to one that was never enabled."""
-    handle = generation.enabled(unwrap(model_or_pipeline))
+    handle = generate_hook.enabled(unwrap(model_or_pipeline))
     if handle is not None:
         handle.disable()
 
@@ -124,24 +124,24 @@ class Default(contextlib.AbstractContextManager):
     def __init__(self, settings: FixedSizeCacheConfig, prefill_chunk_size: int | None) -> None:
         self.settings, self.prefill_chunk_size = settings, prefill_chunk_size
         self.handles: list[Enabled] = []
-        self.previous = generation.DEFAULT.enable
-        generation.DEFAULT.enable = self._enable
+        self.previous = generate_hook.DEFAULT.enable
+        generate_hook.DEFAULT.enable = self._enable
 
     def _enable(self, model: Any) -> None:
         self.handles.append(enable(model, settings=self.settings, prefill_chunk_size=self.prefill_chunk_size))
 
     def disable(self) -> None:
         """Ends it, for models that were enabled by it too."""
-        if generation.DEFAULT.enable == self._enable:
-            generation.DEFAULT.enable = None
+        if generate_hook.DEFAULT.enable == self._enable:
+            generate_hook.DEFAULT.enable = None
         while self.handles:
             self.handles.pop().disable()
 
     def __exit__(self, *error: Any) -> None:
-        is_current = generation.DEFAULT.enable == self._enable
+        is_current = generate_hook.DEFAULT.enable == self._enable
         self.disable()
         if is_current:
-            generation.DEFAULT.enable = self.previous
+            generate_hook.DEFAULT.enable = self.previous
 
 
 def as_default(

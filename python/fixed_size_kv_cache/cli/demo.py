@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import track
 
-from . import demo_view, one_thread
-from .contest import NAMES, TEXTS, compare, race
+from ..recall import one_thread
+from ..recall.contest import NAMES, TEXTS, compare, race
+from . import demo_view
 
 
 @one_thread()

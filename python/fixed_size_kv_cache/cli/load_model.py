@@ -11,8 +11,8 @@ from huggingface_hub.utils import get_session
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from .dynamic_cache import trained_positions
-from .recall import MODEL
+from ..dynamic_cache import trained_positions
+from ..recall import MODEL
 
 
 class Refused(Exception):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention in plain torch, with the probabilities that scores are made of.
 
-Two functions, which kernels can replace: :func:`attend_with_weights` for the one query of a decode step, and
-:func:`attend` for many queries, whose scores :mod:`fixed_size_kv_cache.column_sums` computes apart.
+Two functions: :func:`attend_with_weights` for the one query of a decode step, and :func:`attend` for many queries,
+whose votes :mod:`fixed_size_kv_cache.layer.chunk` computes apart.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .visibility import Visibility
+from .new_tokens import Visibility
 
 QUERY_BLOCK = 128  # queries at a time, so that no [S, S] matrix is made
 
@@ -33,11 +33,12 @@ class LogitRule(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """The entry of the evicted tokens."""
+    """The entry of the evicted tokens: sums in float32, float64 for float64."""
 
     keys: Tensor  # [B, H, D], their sum
-    values: Tensor  # [B, H, D], their sum
-    count: Tensor  # [B, H], how many
+    values: Tensor  # [B, H, Dv], their sum
+    count: Tensor  # [B, H] int32, how many
+    lost: Tensor  # [B, H] float32, the share of the last step's attention that went to them
     mode: str  # "mean" or "sum"
 
     def entry(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +48,12 @@ class Skipped(NamedTuple):
             return self.keys, self.values, torch.where(self.count > 0, 0.0, float("-inf")).to(self.keys.dtype)
         n = count.clamp(min=1)[..., None]
         return self.keys / n, self.values / n, count.log()
+
+    def add(self, keys: Tensor, values: Tensor, evicted: Tensor) -> None:
+        """Adds the tokens ``[B, H, S, D]`` where ``evicted`` ``[B, H, S]`` says so."""
+        for total, rows in ((self.keys, keys), (self.values, values)):
+            total += torch.where(evicted[..., None], rows.to(total.dtype), 0).sum(2)
+        self.count.add_(evicted.sum(-1, dtype=torch.int32))
 
 
 def softmax(

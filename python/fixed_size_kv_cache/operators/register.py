@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._checks import check_accumulate_scores, check_truncate
-from ._load import BUILD
+from .checks import check_accumulate_scores, check_truncate
+from .load import BUILD
 
-OPERATORS = ("truncate", "accumulate_scores_")
+truncate = torch.ops.fsdc.truncate.default
+accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
+OPERATORS = ("truncate", "accumulate_scores_")  # in the order of csrc/ops.cpp
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
@@ -32,19 +34,22 @@ def _(scores: Tensor, weights: Tensor, query_weights: Tensor | None = None, carr
     check_accumulate_scores(scores, weights, query_weights, carry)
 
 
-def _refuse_gradients(name: str, operator, *args, **kwargs):
+def _refuse_gradients(operator, *args, **kwargs):
     """The Autograd kernel of every operator: the stable C++ interface cannot see ``requires_grad``."""
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    for tensor in tensors:
-        if (torch.is_grad_enabled() and tensor.requires_grad) or _has_tangent(tensor):
+    name, arguments = operator._schema.name.partition("::")[2], operator._schema.arguments
+    by_name = {**{argument.name: x for argument, x in zip(arguments, args, strict=False)}, **kwargs}
+    for x in by_name.values():
+        if isinstance(x, Tensor) and ((torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)):
             raise RuntimeError(
                 f"{name}: inputs must not require gradients, there is no backward; got an input with "
                 "requires_grad=True; call it under torch.no_grad() or torch.inference_mode(), or .detach() it"
             )
     with torch._C._AutoDispatchBelowAutograd():
         outputs = operator(*args, **kwargs)
-    if name.endswith("_") and not tensors[0].is_inference():
-        torch.autograd.graph.increment_version(tensors[0])  # a graph that saved it before must notice
+    for argument in arguments:  # a graph that saved what is written must notice
+        x = by_name.get(argument.name)
+        if argument.is_write and isinstance(x, Tensor) and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
     return outputs
 
 
@@ -61,7 +66,6 @@ def _refuse_cuda(name: str, *args, **kwargs):
 
 
 for _name in OPERATORS:
-    _operator = getattr(torch.ops.fsdc, _name).default
-    _library.impl(_name, functools.partial(_refuse_gradients, _name, _operator), "Autograd")
+    _library.impl(_name, functools.partial(_refuse_gradients, getattr(torch.ops.fsdc, _name).default), "Autograd")
     if BUILD["cuda"] is None:
         _library.impl(_name, functools.partial(_refuse_cuda, _name), "CUDA")

@@ -14,9 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import _C, __version__, _versions
-from ._load import BUILD
-from ._operators import OPERATORS
+from .. import _C, __version__
+from ..compat import versions
+from ..operators.load import BUILD
+from ..operators.register import OPERATORS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,7 +76,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Watch caches of one size answer questions about what they read, beside the full cache."""
-    from .recall import demo as demonstration  # transformers takes seconds to import
+    from . import demo as demonstration  # transformers takes seconds to import
 
     _quiet()
     demonstration.show(task.value, cache_size, length, seed, as_json)
@@ -138,13 +139,13 @@ def _quiet() -> None:
 
 def collect() -> dict[str, str | list[str]]:
     """What ``fsdc info`` shows."""
-    found = _versions.transformers_version()
-    support = _versions.transformers_support(found)
+    found = versions.transformers_version()
+    support = versions.transformers_support(found)
     return {
         "fixed_size_kv_cache": __version__,
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built with {BUILD['torch']})",
-        "transformers": support if found is None else f"{found} ({support}; at least {_versions.OLDEST_TRANSFORMERS})",
+        "transformers": support if found is None else f"{found} ({support}; at least {versions.OLDEST_TRANSFORMERS})",
         "CUDA kernels": f"CUDA {BUILD['cuda']}" if BUILD["cuda"] else f"none: {BUILD['without_cuda_because']}",
         "CUDA architectures": BUILD["cuda_architectures"] or "none",
         "CUDA devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none",

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an attention mask of transformers tells about the new tokens; nothing else of it is read.
+"""The new tokens of a step: what an attention mask of transformers tells about them, and who sees whom.
 
-After eviction the columns of a mask no longer belong to the slots of the cache, so whether an old token is seen is
-decided by the positions that the cache holds. Which of the new tokens are padding, and who of them sees whom, comes
-from outside.
+Nothing else of a mask is read. After eviction its columns no longer belong to the slots of the cache, so whether an
+old token is seen is decided by the positions that the cache holds. Which of the new tokens are padding, and who of them
+sees whom, comes from outside.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from ._compat import SHOWS_PADDING_EVERYTHING
 
 BIAS = -1e4  # below it a mask hides a token, in every type
 
@@ -43,7 +42,7 @@ class NewTokens(NamedTuple):
         return NewTokens(valid, sees)
 
 
-def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
+def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None, shows_padding_everything: bool = False) -> NewTokens:
     """Reads the columns of the new tokens.
 
     Args:
@@ -53,6 +52,7 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
         B: rows.
         Q: new tokens.
         S: tokens seen before them, padding included; None: the columns end with the new tokens.
+        shows_padding_everything: in a mask of rank 4 a row of padding, which would see nothing, sees all columns.
 
     Raises:
         TypeError: for a mask that is not a tensor, such as flex attention's.
@@ -82,6 +82,74 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None) -> NewTokens:
             )
         sees = sees == 0
     valid = sees.diagonal(dim1=-2, dim2=-1)  # a real token sees itself
-    if SHOWS_PADDING_EVERYTHING:
+    if shows_padding_everything:
         valid = valid & ~sees.triu(1).any(-1)
     return NewTokens(valid, sees)
+
+
+class Visibility(NamedTuple):
+    """New queries and the ``T + Q`` columns before them, what is held first."""
+
+    T: int
+    Q: int
+    held: Tensor | None  # bool [B, H, T]: which slots hold a token; None: all
+    new: NewTokens
+
+    @property
+    def has_pads(self) -> bool:
+        """Whether a column may be empty or a query see nothing."""
+        return self.held is not None or self.new.valid is not None
+
+    def is_causal(self) -> bool:
+        """Whether nothing but the order of the new tokens matters."""
+        return self.T == 0 and not self.has_pads and self.new.sees is None
+
+    def of_block(self, start: int, stop: int, device: torch.device) -> tuple[int, Tensor | None]:
+        """For queries ``[start, stop)``: how many columns they can see at most, and which, broadcast to ``[B, H, stop -
+        start, columns]``; None: all of them."""
+        sees, valid = self.new.sees, self.new.valid
+        columns = self.T + (self.Q if sees is not None else stop)
+        if self.Q == 1 and not self.has_pads and sees is None:
+            return columns, None
+        if sees is None:
+            among_new = torch.ones(stop - start, stop, dtype=torch.bool, device=device).tril(start)[None, None]
+        else:
+            among_new = sees[:, None, start:stop]  # [B, 1, q, Q]
+        if valid is not None:
+            among_new = among_new & valid[:, None, None, : columns - self.T] & valid[:, None, start:stop, None]
+        if self.T == 0:
+            return columns, among_new
+        if self.held is not None:
+            old = self.held[:, :, None]  # [B, H, 1, T]
+        else:
+            old = torch.ones(1, 1, 1, self.T, dtype=torch.bool, device=device)
+        if valid is not None:
+            old = old & valid[:, None, start:stop, None]
+        B, H = torch.broadcast_shapes(old.shape[:2], among_new.shape[:2])
+        q = stop - start
+        return columns, torch.cat([old.expand(B, H, q, -1), among_new.expand(B, H, q, -1)], dim=-1)
+
+
+@dataclass
+class Stage:
+    """The new tokens of a step, between ``update`` and the end of its attention."""
+
+    keys: Tensor  # [B, H, Q, D]
+    values: Tensor  # [B, H, Q, Dv]
+    all_keys: Tensor  # [B, H, T + Q, D], what update returned
+    all_values: Tensor
+    new: NewTokens | None = None  # what the mask says about them, once somebody has read it
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Which new tokens are not padding, ``[B, Q]``; None: all."""
+        return None if self.new is None else self.new.valid
+
+    @property
+    def queries(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def held(self) -> int:
+        """T: the tokens before them."""
+        return self.all_keys.shape[2] - self.keys.shape[2]

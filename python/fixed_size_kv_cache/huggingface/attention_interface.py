@@ -13,9 +13,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
-from .attention import LogitRule, attend_with_weights, products_of
-from .capability import has_window
-from .handoff import HANDOFF
+from ..compat.capability import has_window
+from ..layer.attention import LogitRule, attend_with_weights, products_of
+from ..layer.handoff import HANDOFF
 
 NAME = "fsdc"
 UNKNOWN = ("position_bias", "indices", "block_indices", "cache")  # arguments of other attention that change its result

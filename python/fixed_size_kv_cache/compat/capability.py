@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from ._compat import DynamicLayer, is_kv_sharing, make_stock_layers, on_attention_interface
+from .transformers import DynamicLayer, is_kv_sharing, make_stock_layers, on_attention_interface
 
 INSTEAD = "; use it without a fixed-size cache"
 NAMES_OF_STOCK_LAYERS = (  # which keep their own, constant memory

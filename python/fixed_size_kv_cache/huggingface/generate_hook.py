@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
-from . import adoption
-from ._compat import (
+from .. import legacy
+from ..compat.capability import check_made_for, text_config
+from ..compat.transformers import (
     CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
     CHUNKS_FORGET_PADDING,
@@ -23,10 +24,9 @@ from ._compat import (
     is_assisted,
     prompt_length,
 )
+from ..dynamic_cache import FixedSizeDynamicCache
+from ..settings import CACHE_SIZE, FixedSizeCacheConfig
 from .attention_interface import NAME
-from .capability import check_made_for, text_config
-from .dynamic_cache import FixedSizeDynamicCache
-from .settings import CACHE_SIZE, FixedSizeCacheConfig
 
 MARK = "_fixed_size_cache"  # the attribute of an enabled model; no parameter and no buffer, so it is not saved
 REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
@@ -76,7 +76,7 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
             f"DynamicCache; got a {type(cache).__name__}; {remedy}, or call disable(model)"
         )
     else:
-        adoption.adopt_empty(cache, model.config, _settings(model))
+        legacy.adopt_empty(cache, FixedSizeDynamicCache(config=model.config, settings=_settings(model)))
     assisted = is_assisted(generation_config, arguments)
     if assisted:
         cache.activate_past_recording()

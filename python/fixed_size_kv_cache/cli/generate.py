@@ -17,13 +17,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
-from ._compat import CACHE_NAME, DynamicLayer
-from ._versions import OLDEST_INTERFACE, has_interface
-from .dynamic_cache import FixedSizeDynamicCache
-from .layer import FixedSizeLayer
-from .loading import Refused, learned_positions, load, one_line
-from .recall import MODEL, one_thread
-from .settings import FixedSizeCacheConfig
+from ..compat.transformers import CACHE_NAME, DynamicLayer
+from ..compat.versions import OLDEST_INTERFACE, has_interface
+from ..dynamic_cache import FixedSizeDynamicCache
+from ..layer.layer import FixedSizeLayer
+from ..recall import MODEL, one_thread
+from ..settings import FixedSizeCacheConfig
+from .load_model import Refused, learned_positions, load, one_line
 
 CHUNK = 512  # tokens of a prompt that are read at a time, at least
 # What torch's allocators say, of the CPU and of CUDA; only the latter has a class of its own.
@@ -175,7 +175,7 @@ def run(
     """
     if not has_interface():
         raise Refused(f"fsdc generate needs transformers>={OLDEST_INTERFACE}; before that use the recipe for LLaMA")
-    from .enabling import enable
+    from ..huggingface.enabling import enable
 
     with _said_in_words(cache_size), one_thread() if name is None else nullcontext():
         settings = FixedSizeCacheConfig(cache_size=cache_size)

@@ -10,7 +10,9 @@ rule comes from.
 import torch
 from torch import Tensor
 
-from .settings import FixedSizeCacheConfig
+from ..settings import FixedSizeCacheConfig
+from .protected_spans import in_spans
+from .slots import FACTS, KEY_SCALES, SCORES, VALUE_WEIGHTS, Tokens
 
 COSINE_BLOCK = 256  # new keys compared at a time, so that no [S, S] matrix is made
 
@@ -34,22 +36,45 @@ def query_weights(valid: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     return weights, decay ** total[:, 0].float()
 
 
-def eviction_scores(
-    scores: Tensor,  # [B, H, S]
-    positions: Tensor,  # [B, H, S]
-    value_weights: Tensor,  # [B, H, S]
-    redundancy: Tensor,  # [B, H, S]
-    seen: Tensor,  # [B]
-    settings: FixedSizeCacheConfig,
-    group: int,
-) -> Tensor:
+def new_tokens(
+    keys: Tensor,  # [B, H, Q, D]
+    values: Tensor,  # [B, H, Q, Dv]
+    valid: Tensor | None,  # bool [B, Q], False for padding; None: all
+    seen: Tensor,  # int32 [B]
+    spans: Tensor | None,  # int32 [B, spans, 2]
+) -> Tokens:
+    """New tokens before anybody votes: score 0. Padding has position and score of an empty slot; what the user protects
+    has all the score there is."""
+    B, H, Q = keys.shape[:3]
+    positions = seen.clone().view(B, 1)  # not the same memory: it is raised in this step
+    if Q > 1 or valid is not None:
+        counted = torch.ones(B, Q, dtype=torch.bool, device=keys.device) if valid is None else valid
+        positions = positions + counted.cumsum(-1, dtype=torch.int32) - 1
+    facts = torch.zeros(FACTS, B, H, Q, dtype=torch.float32, device=keys.device)
+    if valid is not None:
+        positions = positions.masked_fill(~valid, -1)
+        facts[SCORES].masked_fill_(~valid[:, None], float("-inf"))
+    if spans is not None:
+        facts[SCORES].masked_fill_(in_spans(spans, positions)[:, None], float("inf"))
+    facts[VALUE_WEIGHTS] = torch.linalg.vector_norm(values.float(), dim=-1)
+    facts[KEY_SCALES] = torch.linalg.vector_norm(keys.float(), dim=-1).clamp_(min=1e-12).reciprocal_()
+    return Tokens(keys, values, facts, positions[:, None].expand(B, H, Q))
+
+
+def eviction_scores(tokens: Tokens, seen: Tensor, settings: FixedSizeCacheConfig, group: int) -> Tensor:
     """The eviction score ``[B, H, S]`` in float32: -inf for empty slots, +inf for protected tokens.
 
-    ``group`` is the number of query heads per KV head, whose attention ``scores`` sums up.
+    Args:
+        tokens: S of them for each KV head.
+        seen: real tokens seen of each row, with the newest of these, int32 ``[B]``.
+        settings: the rule.
+        group: the number of query heads per KV head, whose attention the scores sum up.
     """
+    scores, positions = tokens.scores, tokens.positions
     if settings.policy == "attention":
-        weight = value_weights if settings.value_weight else 1.0
-        free = (scores + settings.score_prior * group) * weight * torch.rsub(redundancy, 1.0, alpha=settings.redundancy)
+        weight = tokens.value_weights if settings.value_weight else 1.0
+        kept_share = torch.rsub(tokens.redundancy, 1.0, alpha=settings.redundancy)
+        free = (scores + settings.score_prior * group) * weight * kept_share
         free = torch.where(scores.abs() < float("inf"), free, scores)
     else:  # streaming: all tie, so the oldest goes
         free = _hash(positions) if settings.policy == "random" else torch.zeros_like(scores)
@@ -76,20 +101,17 @@ def unit_keys(keys: Tensor, key_scales: Tensor) -> Tensor:
 
 
 def raise_redundancy(
-    redundancy: Tensor,  # [B, H, S], in place
-    key_scales: Tensor,  # [B, H, S], 1 over the norms of the keys
-    positions: Tensor,  # [B, H, S]
-    keys: Tensor,  # [B, H, S, D]
-    new_keys: Tensor,  # [B, H, Q, D], of length 1
+    tokens: Tokens,  # S of them, the new ones included; their redundancy in place
+    units: Tensor,  # [B, H, Q, D], the new keys at length 1
     new_positions: Tensor,  # [B, Q]
 ) -> None:
     """Raises each token's redundancy to its largest cosine with a newer one of the new keys. Pads change nothing."""
-    for start in range(0, new_keys.shape[2], COSINE_BLOCK):
+    for start in range(0, units.shape[2], COSINE_BLOCK):
         block = slice(start, start + COSINE_BLOCK)
-        cosine = (keys @ new_keys[:, :, block].mT) * key_scales[..., None]  # [B, H, S, block]
-        newer = new_positions[:, None, None, block] > positions[..., None]
+        cosine = (tokens.keys @ units[:, :, block].mT) * tokens.key_scales[..., None]  # [B, H, S, block]
+        newer = new_positions[:, None, None, block] > tokens.positions[..., None]
         largest = cosine.masked_fill_(~newer, 0.0).amax(-1)
-        torch.maximum(redundancy, largest.float(), out=redundancy)
+        torch.maximum(tokens.redundancy, largest.float(), out=tokens.redundancy)
 
 
 def _hash(positions: Tensor) -> Tensor:
