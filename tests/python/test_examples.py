@@ -18,7 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+if not hasattr(transformers, "AttentionInterface"):
+    pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import FixedSizeDynamicCache, enable
 from fixed_size_kv_cache.recall import MODEL
@@ -26,6 +30,7 @@ from fixed_size_kv_cache.recall import MODEL
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 CACHE_SIZE = 64
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 TEXT = "<s> the code of maple is 47 . the code of fern is 82 . " + "the old fox walks to the river . " * 12
 QUESTIONS = {"what is the code of maple ?": "47", "what is the code of fern ?": "82"}
 
@@ -118,7 +123,7 @@ def server(model):
 def request(method: str, address: str, **fields) -> str:
     body = json.dumps(fields).encode() if fields else None
     asked = urllib.request.Request(address, body, {"content-type": "application/json"}, method=method)
-    with urllib.request.urlopen(asked, timeout=60) as answer:
+    with DIRECTLY.open(asked, timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -142,26 +147,15 @@ def test_server(server):
         request("DELETE", f"{server}/ada")
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="up to transformers 4.57 the call is another")
 @needs("accelerate")
 def test_tensor_parallel():
-    arguments = ["--model", str(MODEL), "--cache-size", "64", "--max-new-tokens", "1"]
     prompt = TEXT + next(iter(QUESTIONS))
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(EXAMPLES / "tensor_parallel.py"),
-    ]
-    said = subprocess.run(
-        [sys.executable, *command, *arguments, "--prompt", prompt],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    ).stdout
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(EXAMPLES / "tensor_parallel.py"), "--model", str(MODEL), "--cache-size", "64"]
+    command += ["--max-new-tokens", "1", "--prompt", prompt]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=200, env=environment).stdout
     assert "what is the code of maple ? 47" in said
     for rank in range(2):
         seen = len(prompt.split())
