@@ -90,6 +90,15 @@ def test_links_lead_somewhere(document):
         assert ((ROOT / document).parent / link).exists(), link
 
 
+def test_paths_that_are_named_exist():
+    """In documents and in comments of C++ sources; NAME stands for any operator."""
+    sources = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    text = "\n".join(path.read_text() for path in (*sources, *(ROOT / document for document in DOCUMENTS)))
+    named = set(re.findall(r"(?<![\w/.-])(?:python|csrc|kernels|tests|benchmarks|docs)/[\w/.-]*\w", text))
+    assert len(named) > 30
+    assert [path for path in sorted(named) if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
 def test_figures_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks/python")
     import tables
