@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from fixed_size_kv_cache import dynamic_cache, settings
 from fixed_size_kv_cache.huggingface import enabling
+from fixed_size_kv_cache.layer import score_rule
 from fixed_size_kv_cache.operators import reference
 from fixed_size_kv_cache.recall import MODEL
 
@@ -97,6 +98,13 @@ def test_paths_that_are_named_exist():
     named = set(re.findall(r"(?<![\w/.-])(?:python|csrc|kernels|tests|benchmarks|docs)/[\w/.-]*\w", text))
     assert len(named) > 30
     assert [path for path in sorted(named) if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_the_score_rule_cites_the_sources_of_its_page():
+    cited = re.findall(r"arXiv (\d{4}\.\d{5})", score_rule.__doc__)
+    page = (ROOT / "docs/eviction.md").read_text()
+    assert len(cited) == 5
+    assert re.findall(r"\[arXiv (\d{4}\.\d{5})\]\(https://arxiv\.org/abs/\1\)", page) == cited
 
 
 def test_figures_are_those_of_the_results(monkeypatch):
