@@ -180,13 +180,15 @@ inline int64_t most_slots(const DecodeArguments& a) {
   if (!a.head_layout.has_value()) return a.keys.size(2) - 1;
   if (!a.query.is_cpu()) return a.keys.size(1) - 1;
   const int32_t* layout = a.head_layout->const_data_ptr<int32_t>();
-  int64_t most = 1;
+  int64_t most = 1, next = 0;
   for (int64_t head = 0; head < a.head_layout->size(0); ++head, layout += 4) {
-    const bool fits = layout[0] >= 0 && layout[1] >= 1 && int64_t{layout[0]} + layout[1] + 1 <= a.keys.size(1);
+    const bool fits = layout[0] >= next && layout[1] >= 1 && int64_t{layout[0]} + layout[1] + 1 <= a.keys.size(1);
     FSDC_CHECK(fits && layout[2] >= 0 && layout[3] >= 0, "decode_attention_: head_layout must hold (first row, slots, ",
-               "sink tokens, recent tokens) within the ", a.keys.size(1), " rows of keys; got ",
+               "sink tokens, recent tokens) of heads one behind the other within the ", a.keys.size(1),
+               " rows of keys; got ",
                to_text(std::vector<int64_t>(layout, layout + 4)), " for head ", head);
     most = std::max<int64_t>(most, layout[1]);
+    next = int64_t{layout[0]} + layout[1] + 1;
   }
   return most;
 }

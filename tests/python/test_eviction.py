@@ -181,9 +181,9 @@ def test_decoding_evicts_as_a_sorted_list_would():
             assert held_positions(layer)[h] == [t["position"] for t in lists[h]], (position, h)
 
 
-def attend_as_a_chunk(slots, settings, stage, query, rule, skipped):
+def attend_as_a_chunk(slots, settings, stage, query, rule):
     visibility = Visibility(stage.held, 1, slots.read(stage.held).positions >= 0, stage.new)
-    return chunk.attend(slots, settings, stage, query, rule, visibility, skipped)
+    return chunk.attend(slots, settings, stage, query, rule, visibility, slots.skipped)
 
 
 @pytest.mark.parametrize("include_skipped", [False, True])

@@ -151,11 +151,11 @@ def test_recorded_attention_sees_what_was_recorded():
         [attend(cache, x[:, :, 20:23]), attend(cache, x[:, :, 23:24]), attend(cache, x[:, :, 24:])], dim=2
     )
     torch.testing.assert_close(parts, attend(whole, x[:, :, 20:]), rtol=1e-12, atol=1e-12)
-    assert cache.layers[0].tokens_seen == 20 and cache.get_seq_length() == 30
+    assert cache.layers[0].tokens_folded == 20 and cache.get_seq_length() == 30
     assert cache.layers[0].get_mask_sizes(1) == (12 + 10 + 1, 8)
     cache.stop_past_recording()
     attend(cache, x[:, :, :1])  # what nobody took back is folded now
-    assert cache.layers[0].tokens_seen == 31 and held_positions(cache.layers[0])[0][-1] == 30
+    assert cache.layers[0].tokens_folded == 31 and held_positions(cache.layers[0])[0][-1] == 30
 
 
 def test_more_than_was_recorded_cannot_be_taken_back():

@@ -13,7 +13,6 @@ from stories import load_model, needs_stories
 from transformers import DynamicCache
 
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
-from fixed_size_kv_cache.layer.layer import FixedSizeLayer
 
 # The text that users were given, character for character, but for the line that it lacks.
 SNIPPET = """\

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..operators.register import accumulate_scores_, decode_attention_
 from ..settings import FixedSizeCacheConfig
 from . import score_rule
-from .attention import LogitRule, Skipped, attend_with_weights
+from .attention import LogitRule, attend_with_weights, products_of
 from .new_tokens import Stage
 from .protected_spans import in_spans
 from .slots import SCORES, Slots, Tokens
@@ -27,11 +27,10 @@ def attend(
     stage: Stage,
     query: Tensor,  # [B, Hq, 1, D]
     rule: LogitRule,
-    skipped: Skipped | None,
 ) -> Tensor:
     """The whole step, ``[B, Hq, 1, Dv]``."""
     step = attend_fused if is_fused(settings, query.device) else attend_plain
-    return step(slots, settings, stage, query, rule, skipped)
+    return step(slots, settings, stage, query, rule)
 
 
 def attend_fused(
@@ -40,7 +39,6 @@ def attend_fused(
     stage: Stage,
     query: Tensor,
     rule: LogitRule,
-    skipped: Skipped | None,
 ) -> Tensor:
     """:func:`attend` by ``torch.ops.fsdc.decode_attention_``, to which an empty entry is no entry."""
     T, entry = stage.held, {}
@@ -84,25 +82,21 @@ def attend_plain(
     stage: Stage,
     query: Tensor,  # [B, Hq, 1, D]
     rule: LogitRule,
-    skipped: Skipped | None,
 ) -> Tensor:
     """:func:`attend` in plain torch: what the operator is held to, and the only way of the baselines."""
-    (B, H, _, D), T = stage.keys.shape, stage.held
+    (B, H), T = stage.keys.shape[:2], stage.held
     token = new_token(slots, stage)
     write_new(slots, T, token)
-    # The new key is one more query: its products with the keys say how alike they are.
-    unit_key = score_rule.unit_keys(stage.keys, token.key_scales)
-    products = (
-        torch.cat([rule.scaled(query).reshape(B, H, -1, D), unit_key], dim=2) @ stage.all_keys.mT
-    )  # [B, H, G + 1, T + 1]
+    products = products_of(query, stage.all_keys, rule)  # [B, H, G, T + 1]
     visible = None
     if torch.compiler.is_compiling() or stage.valid is not None or slots.may_have_holes:
         visible = slots.read(T + 1).positions[:, :, None] >= 0
         visible = visible if stage.valid is None else visible & stage.valid[:, None, None]
-    output, weights, lost = attend_with_weights(query, products[:, :, :-1], stage.all_values, visible, rule, skipped)
+    skipped = slots.skipped  # an empty entry is no entry
+    output, weights, lost = attend_with_weights(query, products, stage.all_values, visible, rule, skipped)
     if lost is not None:
         skipped.lost.copy_(lost.view(B, H, -1).mean(-1))
-    _fold(slots, settings, stage, token, weights, products[:, :, -1])
+    _fold(slots, settings, stage, token, weights)
     return output
 
 
@@ -110,8 +104,7 @@ def fold(slots: Slots, settings: FixedSizeCacheConfig, stage: Stage, weights: Te
     """The step with somebody else's attention weights, ``[B, Hq, 1, T + 1]``."""
     token = new_token(slots, stage)
     write_new(slots, stage.held, token)
-    likeness = score_rule.unit_keys(stage.keys, token.key_scales) @ stage.all_keys.mT
-    _fold(slots, settings, stage, token, weights, likeness[:, :, 0])
+    _fold(slots, settings, stage, token, weights)
 
 
 def new_token(slots: Slots, stage: Stage) -> Tokens:
@@ -132,7 +125,6 @@ def _fold(
     stage: Stage,
     token: Tokens,
     weights: Tensor,  # [B, Hq, 1, T + 1]
-    likeness: Tensor,  # [B, H, T + 1]: products of the keys with the new one, scaled to length 1
 ) -> None:
     valid, T = stage.valid, stage.held
     in_use = slots.read(T + 1)
@@ -142,9 +134,11 @@ def _fold(
         votes = score_rule.query_weights(valid, settings.score_decay)
     accumulate_scores_(in_use.scores, weights, *votes)
     if settings.redundancy > 0:
-        cosine = likeness[..., :T] * in_use.key_scales[..., :T]
+        older = slots.read(T)
+        unit_key = score_rule.unit_keys(stage.keys, token.key_scales)
+        cosine = (older.keys.float() @ unit_key.mT)[..., 0] * older.key_scales  # [B, H, T]
         cosine = cosine if valid is None else cosine.masked_fill_(~valid[:, None], 0.0)
-        in_use.redundancy[..., :T].clamp_(min=cosine.float())  # of the older tokens; pads change nothing
+        older.redundancy.clamp_(min=cosine)  # pads change nothing
     slots.seen += 1 if valid is None else valid.sum(-1, dtype=torch.int32)
     if settings.slots == T:
         _evict(slots, settings, token, group=weights.shape[1] // token.positions.shape[1])

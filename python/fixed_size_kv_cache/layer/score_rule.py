@@ -106,9 +106,8 @@ def least(eviction: Tensor, positions: Tensor) -> Tensor:
 
 
 def unit_keys(keys: Tensor, key_scales: Tensor) -> Tensor:
-    """Keys ``[B, H, Q, D]`` scaled to length 1 in float32, where 1 over a small norm is no overflow, and in their own
-    type, so that one new key and many compare with others alike."""
-    return (keys * key_scales[..., None]).to(keys.dtype)
+    """Keys ``[B, H, Q, D]`` scaled to length 1, in float32 whatever their type, as ``decode_attention_`` has them."""
+    return keys.float() * key_scales[..., None]
 
 
 def raise_redundancy(
@@ -117,12 +116,13 @@ def raise_redundancy(
     new_positions: Tensor,  # [B, Q]
 ) -> None:
     """Raises each token's redundancy to its largest cosine with a newer one of the new keys. Pads change nothing."""
+    keys = unit_keys(tokens.keys, tokens.key_scales)
     for start in range(0, units.shape[2], COSINE_BLOCK):
         block = slice(start, start + COSINE_BLOCK)
-        cosine = (tokens.keys @ units[:, :, block].mT) * tokens.key_scales[..., None]  # [B, H, S, block]
+        cosine = keys @ units[:, :, block].mT  # [B, H, S, block]
         newer = new_positions[:, None, None, block] > tokens.positions[..., None]
         largest = cosine.masked_fill_(~newer, 0.0).amax(-1)
-        torch.maximum(tokens.redundancy, largest.float(), out=tokens.redundancy)
+        torch.maximum(tokens.redundancy, largest, out=tokens.redundancy)
 
 
 def _hash(positions: Tensor) -> Tensor:

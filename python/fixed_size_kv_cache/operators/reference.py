@@ -208,7 +208,7 @@ def decode_attention_(
         valid: ``[B]`` bool, False for padding: the state of that row stays bitwise as it was, its output is zero.
         protected: ``[B]`` bool: rows whose new token enters with a score of +inf, and so never goes.
         head_layout: ``[H, 4]`` in int32, where KV heads have different numbers of slots: the first row of each head,
-            its ``N``, its sink tokens and its recent tokens, which take the place of the two arguments.
+            its ``N``, its sink tokens and its recent tokens, which take the place of the two arguments. Ascending.
         skipped_keys: sum of the keys ``[B, H, D]`` of the tokens that have gone, in float32 (float64 for float64), the
             entry: it takes part in the attention as so many tokens of their mean key and value. The token that goes in
             this step is added to it afterwards. All four of these, or none.
