@@ -112,7 +112,7 @@ def extension():
     libraries = ["c10", "torch_cpu"]
     if cuda:
         cxx += ["-DUSE_CUDA"]  # shows torch's current stream to csrc/cuda
-        patterns += ["csrc/cuda/*.cpp", "kernels/cuda/*.cu"]
+        patterns += ["csrc/cuda/*.cpp", "kernels/cuda/*.cu", "kernels/cuda/*/*.cu"]
         libraries += ["torch_cuda", "cudart"]
     module = Extension(
         f"{PACKAGE}._C",

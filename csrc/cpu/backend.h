@@ -11,6 +11,7 @@ namespace fsdc {
 
 class TorchThreads final : public cpu::Parallel {
  public:
+  int64_t threads() const override { return torch::stable::get_num_threads(); }
   void run(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) const override {
     torch::stable::parallel_for(0, n, grain, body);
   }

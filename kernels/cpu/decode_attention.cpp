@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/cpu/decode_attention.h"
 
-#include <cstring>
 #include <vector>
 
 #include "kernels/cpu/cpu.h"
@@ -9,29 +8,26 @@
 namespace fsdc::cpu {
 
 namespace portable {
-extern const DecodeKernels kDecodeKernels;
+extern const DecodeAttentionLoops kDecodeAttentionLoops;
 }
 #if defined(__x86_64__)
 namespace avx2 {
-extern const DecodeKernels kDecodeKernels;
+extern const DecodeAttentionLoops kDecodeAttentionLoops;
 }
 namespace avx512 {
-extern const DecodeKernels kDecodeKernels;
+extern const DecodeAttentionLoops kDecodeAttentionLoops;
 }
 #endif
+
+const DecodeAttentionLoops& decode_attention_loops([[maybe_unused]] Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::kAvx512) return avx512::kDecodeAttentionLoops;
+  if (isa >= Isa::kAvx2) return avx2::kDecodeAttentionLoops;
+#endif
+  return portable::kDecodeAttentionLoops;
+}
 
 namespace {
-
-const DecodeKernels& kernels_for(const char* isa) {
-#if defined(__x86_64__)
-  for (const DecodeKernels* kernels : {&avx512::kDecodeKernels, &avx2::kDecodeKernels}) {
-    if (std::strcmp(kernels->isa, isa) == 0) return *kernels;
-  }
-#else
-  (void)isa;
-#endif
-  return portable::kDecodeKernels;
-}
 
 // At least `bytes`, aligned for vectors; kept by the thread, since a decode step comes again with the same sizes.
 char* memory_of_thread(int64_t bytes) {
@@ -44,9 +40,9 @@ char* memory_of_thread(int64_t bytes) {
 
 }  // namespace
 
-void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel, const KernelTable& table) {
+void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel, Isa isa) {
   constexpr int64_t kBytesPerThread = 1 << 17;  // below this another thread costs more than it brings
-  const DecodeKernels& kernels = kernels_for(table.isa);
+  const DecodeAttentionLoops& loops = decode_attention_loops(isa);
   const DecodePlan plan(params);
   const int64_t rows = params.batch * params.heads;
   const int64_t run_bytes = plan.numbers * (params.dtype == DType::kFloat64 ? 8 : 4);
@@ -57,9 +53,9 @@ void decode_attention(const DecodeAttentionParams& params, const Parallel& paral
     parallel.run(rows, grain, [&](int64_t begin, int64_t end) {
       char* memory = memory_of_thread(run_bytes);
       for (int64_t row = begin; row < end; ++row) {
-        kernels.attend_run(params, plan, row, 0, memory);
-        kernels.finish_run(params, plan, row, 0, memory);
-        kernels.finish_row(params, plan, row, memory);
+        loops.attend_run(params, plan, row, 0, memory);
+        loops.finish_run(params, plan, row, 0, memory);
+        loops.finish_row(params, plan, row, memory);
       }
     });
   } else {
@@ -68,15 +64,15 @@ void decode_attention(const DecodeAttentionParams& params, const Parallel& paral
     parallel.run(rows * plan.runs, grain, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t row = unit / plan.runs, run = unit % plan.runs;
-        kernels.attend_run(params, plan, row, run, of_row(row) + run * run_bytes);
+        loops.attend_run(params, plan, row, run, of_row(row) + run * run_bytes);
       }
     });
     parallel.run(rows * plan.runs, grain, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        kernels.finish_run(params, plan, unit / plan.runs, unit % plan.runs, of_row(unit / plan.runs));
+        loops.finish_run(params, plan, unit / plan.runs, unit % plan.runs, of_row(unit / plan.runs));
       }
     });
-    for (int64_t row = 0; row < rows; ++row) kernels.finish_row(params, plan, row, of_row(row));
+    for (int64_t row = 0; row < rows; ++row) loops.finish_row(params, plan, row, of_row(row));
   }
   for (int64_t b = 0; b < params.batch; ++b) {
     if (params.valid == nullptr || params.valid[b * params.valid_stride]) params.seen[b * params.seen_stride] += 1;

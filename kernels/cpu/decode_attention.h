@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/cpu/isa.h"
 #include "kernels/decode_attention.h"
 
 namespace fsdc::cpu {
@@ -43,9 +44,7 @@ struct DecodePlan {
   static constexpr int64_t whole(int64_t n) { return (n + kWhole - 1) / kWhole * kWhole; }
 };
 
-struct DecodeKernels {
-  const char* isa;
-
+struct DecodeAttentionLoops {
   // Logits, exponentials and weighted values of one run. `memory` is that of the run.
   void (*attend_run)(const DecodeAttentionParams& params, const DecodePlan& plan, int64_t row, int64_t run,
                      void* memory);
@@ -58,5 +57,7 @@ struct DecodeKernels {
   // Once all runs have finished: puts the new token into its slot.
   void (*finish_row)(const DecodeAttentionParams& params, const DecodePlan& plan, int64_t row, void* memory);
 };
+
+const DecodeAttentionLoops& decode_attention_loops(Isa isa);
 
 }  // namespace fsdc::cpu

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// decode_attention for x86-64 with AVX2, FMA and F16C.
+// The loops of decode_attention for x86-64 with AVX2, FMA and F16C.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "kernels/cpu/attention_includes.h"
 
-FSDC_BEGIN_TARGET("avx2,bmi,fma,f16c")
+FSDC_BEGIN_AVX2
 
 namespace fsdc::cpu::avx2 {
 
-inline constexpr const char* kIsa = "avx2";
-
 #include "kernels/cpu/vectors_avx2.inc"
+//
 #include "kernels/cpu/vectors.inc"
+//
 #include "kernels/cpu/decode_attention.inc"
 
 }  // namespace fsdc::cpu::avx2

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// decode_attention for x86-64 with AVX-512 (F, BW, DQ, VL).
+// The loops of decode_attention for x86-64 with AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "kernels/cpu/attention_includes.h"
 
-FSDC_BEGIN_TARGET("avx2,bmi,popcnt,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+FSDC_BEGIN_AVX512
 
 namespace fsdc::cpu::avx512 {
 
-inline constexpr const char* kIsa = "avx512";
-
 #include "kernels/cpu/vectors_avx512.inc"
+//
 #include "kernels/cpu/vectors.inc"
+//
 #include "kernels/cpu/decode_attention.inc"
 
 }  // namespace fsdc::cpu::avx512

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "kernels/accumulate_scores.h"
-#include "kernels/cuda/truncate_plan.h"
+#include "kernels/cuda/truncate/plan.h"
 #include "kernels/truncate.h"
 
 namespace fsdc::test {

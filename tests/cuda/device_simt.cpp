@@ -7,7 +7,7 @@
 
 #include "device.h"
 #include "kernels/cuda/accumulate_scores.cuh"
-#include "kernels/cuda/truncate.cuh"
+#include "kernels/cuda/truncate/truncate.cuh"
 
 namespace fsdc::test {
 namespace {
@@ -55,7 +55,7 @@ uint32_t most_in_cluster() { return 8; }
 
 int64_t tokens_per_round() {
   constexpr int kItems = 8;
-  static_assert(kItems % cuda::KeysOnChip::kItems == 0 && kItems % cuda::StreamedKeys::kItems == 0 &&
+  static_assert(kItems % cuda::CodesOnChip::kItems == 0 && kItems % cuda::StreamedCodes::kItems == 0 &&
                 kItems % cuda::kTokensPerThread == 0);
   return kThreads * kItems;
 }

@@ -2,7 +2,7 @@
 // How truncate shares its work on devices of several kinds. Needs no device.
 #include <catch2/catch_test_macros.hpp>
 
-#include "kernels/cuda/truncate_plan.h"
+#include "kernels/cuda/truncate/plan.h"
 
 using namespace fsdc;
 using cuda::Device;
@@ -49,11 +49,11 @@ TEST_CASE("plan: few rows get clusters where there are any") {
   const TruncatePlan clusters = plan_truncate(shape(8, 32768, 1024), kH200);
   CHECK(clusters.cluster == 8);
   CHECK(clusters.clusters_per_row == 2);  // 128 of 132 multiprocessors
-  CHECK(clusters.keys_on_chip);
+  CHECK(clusters.codes_on_chip);
   const TruncatePlan alone = plan_truncate(shape(8, 32768, 1024), kA100);
   CHECK(alone.cluster == 1);
   CHECK(alone.clusters_per_row == 13);
-  CHECK(alone.keys_on_chip);
+  CHECK(alone.codes_on_chip);
 }
 
 TEST_CASE("plan: many rows get a block each, and so does what is too small to share") {
@@ -61,7 +61,7 @@ TEST_CASE("plan: many rows get a block each, and so does what is too small to sh
     for (const TruncateParams& params : {shape(2048, 4096, 1024), shape(1, 40, 20), shape(0, 40, 20)}) {
       const TruncatePlan plan = plan_truncate(params, device);
       CHECK(plan.blocks_per_row() == 1);
-      CHECK(plan.keys_on_chip);
+      CHECK(plan.codes_on_chip);
     }
   }
 }
@@ -69,12 +69,12 @@ TEST_CASE("plan: many rows get a block each, and so does what is too small to sh
 TEST_CASE("plan: rows longer than a block's memory get a cluster, then are read again") {
   CHECK(plan_truncate(shape(256, 32768, 1024), kH200).cluster == 2);  // two blocks per multiprocessor
   CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).cluster == 8);
-  CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).keys_on_chip);
-  CHECK_FALSE(plan_truncate(shape(256, 1'000'000, 1024), kH200).keys_on_chip);
-  CHECK_FALSE(plan_truncate(shape(256, 32768, 1024), kL40).keys_on_chip);
+  CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).codes_on_chip);
+  CHECK_FALSE(plan_truncate(shape(256, 1'000'000, 1024), kH200).codes_on_chip);
+  CHECK_FALSE(plan_truncate(shape(256, 32768, 1024), kL40).codes_on_chip);
 }
 
-TEST_CASE("plan: keys fit, and no more blocks than multiprocessors share few rows") {
+TEST_CASE("plan: codes fit, and no more blocks than multiprocessors share few rows") {
   for (const Device& device : {kH200, kA100, kL40}) {
     for (const int64_t rows : {1, 7, 8, 64, 133, 2049}) {
       for (const int64_t tokens : {1, 17, 4096, 32768, 131073, 2'000'000}) {
@@ -85,7 +85,7 @@ TEST_CASE("plan: keys fit, and no more blocks than multiprocessors share few row
           CHECK((plan.cluster == 1 || device.has_clusters));
           CHECK((plan.cluster & (plan.cluster - 1)) == 0);
           CHECK(plan.cluster <= 8);
-          CHECK(cuda::key_bytes(params, plan) + (27 << 10) <= device.shared_bytes_per_block);
+          CHECK(cuda::code_bytes(params, plan) + (27 << 10) <= device.shared_bytes_per_block);
           CHECK(rows * (plan.clusters_per_row - 1) * plan.cluster <= device.multiprocessors);
           // Nothing is left over between the blocks of a cluster.
           CHECK(plan.cluster * cuda::tokens_per_block(tokens, plan.cluster) >= tokens);

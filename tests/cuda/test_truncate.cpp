@@ -17,12 +17,12 @@ std::vector<float> random_scores(int64_t count) { return hostile_scores(count).a
 // Ways to share a row among blocks.
 std::vector<cuda::TruncatePlan> all_plans() {
   std::vector<cuda::TruncatePlan> plans;
-  for (const bool keys_on_chip : {false, true}) {
+  for (const bool codes_on_chip : {false, true}) {
     for (const uint32_t cluster : {1u, 2u, 4u, 8u}) {
-      if (cluster <= most_in_cluster()) plans.push_back({cluster, 1, keys_on_chip});
+      if (cluster <= most_in_cluster()) plans.push_back({cluster, 1, codes_on_chip});
     }
-    plans.push_back({1, 3, keys_on_chip});
-    plans.push_back({std::min(2u, most_in_cluster()), 2, keys_on_chip});
+    plans.push_back({1, 3, codes_on_chip});
+    plans.push_back({std::min(2u, most_in_cluster()), 2, codes_on_chip});
   }
   return plans;
 }
@@ -70,8 +70,8 @@ TEST_CASE("truncate: round borders") {
     for (const bool has_skipped : {false, true}) {
       which.has_skipped = has_skipped;
       const TruncateResult expected = truncate_on_cpu(which);
-      for (const bool keys_on_chip : {false, true}) {
-        which.plan = {cluster, 1, keys_on_chip};
+      for (const bool codes_on_chip : {false, true}) {
+        which.plan = {cluster, 1, codes_on_chip};
         check_truncate(which, expected);
       }
     }
@@ -142,13 +142,31 @@ TEST_CASE("truncate: strides and alignment") {
     which.key_dim = which.value_dim = 16;
     which.scores = random_scores(which.rows() * which.tokens);
     for (const int64_t elements : {1, 2, 4}) {
-      TruncateCase unaligned = which, padded = which;
-      unaligned.unaligned_elements = elements;
-      padded.token_padding = elements;
-      check_with_plans(unaligned);
-      check_with_plans(padded);
+      // Each alone, so that it alone decides how wide an access may be.
+      for (int64_t TruncateCase::* const shifted :
+           {&TruncateCase::unaligned_elements, &TruncateCase::unaligned_out, &TruncateCase::token_padding,
+            &TruncateCase::head_padding, &TruncateCase::batch_padding}) {
+        TruncateCase unaligned = which;
+        unaligned.*shifted = elements;
+        check_with_plans(unaligned);
+      }
     }
     which.broadcast_tokens = true;
+    check_with_plans(which);
+  }
+}
+
+TEST_CASE("truncate: rows lie where the strides say") {
+  generate_order();
+  for (const bool has_skipped : {false, true}) {
+    TruncateCase which{.batch = 2, .heads = 3, .tokens = 40, .kept = 13, .has_skipped = has_skipped, .value_dim = 5};
+    which.score_padding = 7;
+    which.scores = random_scores(which.batch * which.score_batch_stride());
+    check_with_plans(which);
+    which.head_padding = 8;
+    which.batch_padding = 12;
+    check_with_plans(which);
+    which.tokens_before_heads = true;
     check_with_plans(which);
   }
 }

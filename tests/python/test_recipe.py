@@ -182,6 +182,25 @@ def test_pads_in_the_middle_are_the_solo_run(cache_size):
 
 
 @pytest.mark.parametrize("include_skipped", [False, True])
+def test_what_a_mask_says_of_older_tokens_is_not_read(include_skipped):
+    """Once something is evicted its columns belong to nobody: only those of the new tokens count."""
+    model, ids = tiny_llama(), tokens(2, 40)
+    logits = []
+    with recipe(), torch.no_grad():
+        for older in (1, 0):
+            cache = new_cache(model, 12, include_skipped=include_skipped)
+            for start, end in ((0, 20), (20, 30), *((i, i + 1) for i in range(30, 40))):
+                part, mask = slice(start, end), torch.ones(2, end, dtype=torch.long)
+                mask[:, :start] = older
+                positions = torch.arange(start, end).expand(2, -1)
+                logits.append(
+                    model(ids[:, part], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+                )
+    for one, other in zip(logits[:12], logits[12:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("include_skipped", [False, True])
 def test_beams_are_independent_runs(include_skipped):
     """Reordering the rows of a cache moves all of their state."""
     model, ids = tiny_llama(), tokens(3, 40)

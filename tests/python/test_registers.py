@@ -25,11 +25,12 @@ TWO_BLOCKS = 64  # registers per thread, of 65536 per multiprocessor, for 2 bloc
 ONE_BLOCK = 128
 # Part of the mangled name: registers, bytes of static shared memory at most.
 LIMITS = {
-    "truncate_kernelIvLNS0_9KeySourceE0E": (TWO_BLOCKS, 17 << 10),  # scores streamed
-    "truncate_kernelIvLNS0_9KeySourceE1E": (TWO_BLOCKS, 17 << 10),  # scores on chip
-    "truncate_kernelIvLNS0_9KeySourceE2E": (ONE_BLOCK, 17 << 10),  # sums of weights on chip
+    "truncate_kernelIvLNS0_10CodeSourceE0E": (TWO_BLOCKS, 17 << 10),  # scores streamed
+    "truncate_kernelIvLNS0_10CodeSourceE1E": (TWO_BLOCKS, 17 << 10),  # scores on chip
+    "truncate_kernelIvLNS0_10CodeSourceE2E": (ONE_BLOCK, 17 << 10),  # sums of weights on chip
     "truncate_kernelI": (ONE_BLOCK, 27 << 10),  # with an entry of the skipped tokens, from any source
     "accumulate_scores_kernel": (64, 0),
+    "probe_kernel": (64, 0),  # does nothing (device.cu)
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from .. import legacy
-from ..compat.capability import check_made_for, text_config
+from ..compat.capability import check_made_for, rotates_by_length, text_config
 from ..compat.transformers import (
     CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
@@ -117,7 +117,13 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
     handle, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
     chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
     forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
-    if forgets or assisted or not _is_text_only(model_kwargs) or generation_config.compile_config is not None:
+    if (
+        forgets
+        or rotates_by_length(model.config)
+        or assisted
+        or not _is_text_only(model_kwargs)
+        or generation_config.compile_config is not None
+    ):
         return  # in one piece
     if prompt_length(generation_config, model_kwargs) > chunk:
         generation_config.prefill_chunk_size = chunk

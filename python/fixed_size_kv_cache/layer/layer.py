@@ -37,6 +37,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def __init__(self, settings: FixedSizeCacheConfig | None = None, protected_spans: Any = None) -> None:
         super().__init__()
+        self.is_initialized = False  # transformers 4.56 does not say so
         self.settings = settings or FixedSizeCacheConfig()
         self.protected_spans = read_spans(protected_spans, self.settings)
         self.group = 1  # query heads per KV head, once attention has shown it

@@ -109,7 +109,8 @@ class Visibility(NamedTuple):
 
     def of_block(self, start: int, stop: int, device: torch.device) -> tuple[int, Tensor | None]:
         """For queries ``[start, stop)``: how many columns they can see at most, and which, broadcast to ``[B, H, stop -
-        start, columns]``; None: all of them."""
+        start, columns]``; None: all of them. Padding is seen by nobody, and sees the tokens before it, as it does in
+        transformers: the first token after right padding comes from there."""
         sees, valid = self.new.sees, self.new.valid
         columns = self.T + (self.Q if sees is not None else stop)
         if self.Q == 1 and not self.has_pads and sees is None:
@@ -119,15 +120,13 @@ class Visibility(NamedTuple):
         else:
             among_new = sees[:, None, start:stop]  # [B, 1, q, Q]
         if valid is not None:
-            among_new = among_new & valid[:, None, None, : columns - self.T] & valid[:, None, start:stop, None]
+            among_new = among_new & valid[:, None, None, : columns - self.T]
         if self.T == 0:
             return columns, among_new
         if self.held is not None:
             old = self.held[:, :, None]  # [B, H, 1, T]
         else:
             old = torch.ones(1, 1, 1, self.T, dtype=torch.bool, device=device)
-        if valid is not None:
-            old = old & valid[:, None, start:stop, None]
         B, H = torch.broadcast_shapes(old.shape[:2], among_new.shape[:2])
         q = stop - start
         return columns, torch.cat([old.expand(B, H, q, -1), among_new.expand(B, H, q, -1)], dim=-1)

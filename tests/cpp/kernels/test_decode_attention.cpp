@@ -14,7 +14,7 @@ namespace {
 using namespace fsdc;
 using Catch::Matchers::WithinAbs;
 
-const cpu::KernelTable& any_isa() { return *GENERATE(from_range(cpu::available_kernels())); }
+cpu::Isa any_isa() { return GENERATE(from_range(cpu::available_isas())); }
 
 DType any_dtype() { return GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64); }
 
@@ -23,13 +23,13 @@ double tolerance(DType dtype) {  // of outputs about 1
 }
 
 // Runs the step and compares each of its rows that is not padding.
-void check(test::DecodeStep& step, const cpu::KernelTable& kernels) {
+void check(test::DecodeStep& step, const cpu::Isa isa) {
   test::DecodeStep before = step;
-  cpu::decode_attention(step.params(), test::Threads(3), kernels);
+  cpu::decode_attention(step.params(), test::Threads(3), isa);
   const test::DecodeShape& is = step.is;
   const int64_t T = step.in_use();
   for (int64_t row = 0; row < is.batch * is.heads; ++row) {
-    CAPTURE(kernels.isa, int(is.dtype), is.slots, is.dim, is.value_dim, is.group, is.length, row);
+    CAPTURE(cpu::name_of(isa), int(is.dtype), is.slots, is.dim, is.value_dim, is.group, is.length, row);
     const test::ExpectedRow expected = expected_row(before, row);
     for (int64_t i = 0; i < is.group * is.value_dim; ++i) {
       REQUIRE_THAT(step.output[row * is.group * is.value_dim + i], WithinAbs(expected.output[i], tolerance(is.dtype)));
@@ -63,26 +63,26 @@ void check(test::DecodeStep& step, const cpu::KernelTable& kernels) {
 }  // namespace
 
 TEST_CASE("a decode step, from the first token on") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const int64_t length = GENERATE(0, 1, 19, 20, 21, 300);
   const bool has_entry = GENERATE(false, true);
   test::DecodeStep step({.length = length, .dtype = dtype, .has_entry = has_entry});
-  check(step, kernels);
+  check(step, isa);
 }
 
 TEST_CASE("a decode step of any dimensions") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const auto [dim, value_dim] = GENERATE(table<int64_t, int64_t>(
       {{1, 1}, {3, 7}, {8, 16}, {15, 17}, {16, 8}, {31, 33}, {64, 64}, {80, 65}, {128, 128}, {192, 128}}));
   const int64_t group = GENERATE(1, 4, 7, 13);
   test::DecodeStep step({.group = group, .dim = dim, .value_dim = value_dim, .dtype = dtype, .has_holes = true});
-  check(step, kernels);
+  check(step, isa);
 }
 
 TEST_CASE("a decode step with rows cut into runs") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const int64_t slots = GENERATE(63, 255, 256, 512, 1100);
   const bool has_holes = GENERATE(false, true);
@@ -94,20 +94,20 @@ TEST_CASE("a decode step with rows cut into runs") {
                          .has_holes = has_holes,
                          .has_entry = true,
                          .has_sinks = true});
-  check(step, kernels);
+  check(step, isa);
 }
 
 TEST_CASE("a decode step with a soft cap") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const double softcap = GENERATE(0.5, 2.0, 30.0);
   const bool has_sinks = GENERATE(false, true);
   test::DecodeStep step({.dim = 33, .dtype = dtype, .has_entry = true, .has_sinks = has_sinks, .softcap = softcap});
-  check(step, kernels);
+  check(step, isa);
 }
 
 TEST_CASE("a decode step gives the same bits for any number of threads") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const int64_t batch = GENERATE(1, 9);
   const test::DecodeStep start({.batch = batch,
@@ -119,18 +119,18 @@ TEST_CASE("a decode step gives the same bits for any number of threads") {
                                 .has_entry = true,
                                 .has_sinks = true});
   test::DecodeStep expected = start;
-  cpu::decode_attention(expected.params(), cpu::Sequential(), kernels);
+  cpu::decode_attention(expected.params(), cpu::Sequential(), isa);
   for (const int threads : {1, 2, 3, 7, 64}) {
     test::DecodeStep step = start;
-    cpu::decode_attention(step.params(), test::Threads(threads), kernels);
-    CAPTURE(kernels.isa, threads);
+    cpu::decode_attention(step.params(), test::Threads(threads), isa);
+    CAPTURE(cpu::name_of(isa), threads);
     CHECK(step.output == expected.output);
     CHECK(step.same_state(expected));
   }
 }
 
 TEST_CASE("a padded row stays as it was") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const int64_t length = GENERATE(0, 7, 700, 900);
   test::DecodeStep step({.slots = 800, .length = length, .dtype = dtype, .has_holes = true, .has_entry = true});
@@ -139,13 +139,13 @@ TEST_CASE("a padded row stays as it was") {
     for (int64_t i = 0; i < numbers->size(); ++i) numbers->set(i, std::nan(""));
   }
   const test::DecodeStep before = step;
-  cpu::decode_attention(step.params(), test::Threads(2), kernels);
+  cpu::decode_attention(step.params(), test::Threads(2), isa);
   CHECK(step.same_state(before));
   for (int64_t i = 0; i < step.output.size(); ++i) REQUIRE(step.output[i] == 0);
 }
 
 TEST_CASE("whatever an empty slot holds does not count") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const double junk = GENERATE(std::nan(""), test::kInfinity, -test::kInfinity);
   const test::DecodeStep clean({.slots = 300, .length = 310, .dtype = dtype, .has_holes = true});
@@ -154,14 +154,14 @@ TEST_CASE("whatever an empty slot holds does not count") {
     if (step.positions[slot] >= 0) continue;
     for (int64_t d = 0; d < 8; ++d) step.keys.set(slot * 8 + d, junk), step.values.set(slot * 8 + d, junk);
   }
-  cpu::decode_attention(expected.params(), cpu::Sequential(), kernels);
-  cpu::decode_attention(step.params(), cpu::Sequential(), kernels);
+  cpu::decode_attention(expected.params(), cpu::Sequential(), isa);
+  cpu::decode_attention(step.params(), cpu::Sequential(), isa);
   CHECK(step.output == expected.output);
   CHECK(step.positions == expected.positions);
 }
 
 TEST_CASE("KV heads with slots of their own") {
-  const cpu::KernelTable& kernels = any_isa();
+  const cpu::Isa isa = any_isa();
   const DType dtype = any_dtype();
   const int64_t length = GENERATE(0, 4, 200);
   // 3 and 36 of them, in the memory of 2 heads with 20; each alone must give the same.
@@ -176,7 +176,7 @@ TEST_CASE("KV heads with slots of their own") {
   test::DecodeStep alone = both;
   DecodeAttentionParams params_of_both = both.params();
   params_of_both.slots = 36;
-  cpu::decode_attention(params_of_both, test::Threads(2), kernels);
+  cpu::decode_attention(params_of_both, test::Threads(2), isa);
   for (int64_t head = 0; head < 2; ++head) {
     const int64_t first = alone.layout[4 * head];
     DecodeAttentionParams params = alone.params();
@@ -196,7 +196,7 @@ TEST_CASE("KV heads with slots of their own") {
     params.positions += first;
     std::vector<int32_t> seen = {int32_t(length)};
     params.seen = seen.data();
-    cpu::decode_attention(params, cpu::Sequential(), kernels);
+    cpu::decode_attention(params, cpu::Sequential(), isa);
   }
   alone.seen[0] += 1;
   CHECK(both.same_state(alone));

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The entry of the skipped tokens of one row: their sum, in the order that ../truncate.h prescribes.
+// The entry of the skipped tokens of one row: their sum, in the order that ../../truncate.h prescribes.
 // That order is also the ceiling: a row has as many runs at a time as there are segments times columns, whatever the
 // blocks. With few rows and narrow heads most threads of a block walk nothing, and latency, not bandwidth, decides. Not
 // measured.
 #pragma once
 
-#include "element.cuh"
-#include "truncate_gather.cuh"
-#include "truncate_select.cuh"
+#include "../element.cuh"
+#include "gather.cuh"
+#include "select.cuh"
 
 namespace fsdc::cuda {
 
@@ -33,8 +33,8 @@ __device__ inline ColumnSource source_of(const Columns& columns, uint32_t column
 
 // A thread walks one column through one segment of its block's tokens; then the segments of all blocks of the team are
 // added up, each block some of the columns. The same columns for all blocks of a team.
-template <class Element, int kPack, int kThreads, class Keys>
-__device__ void sum_skipped(const Keys& keys_of_block, const Team& team, int64_t tokens, const Boundary& boundary,
+template <class Element, int kPack, int kThreads, class Codes>
+__device__ void sum_skipped(const Codes& codes_of_block, const Team& team, int64_t tokens, const Boundary& boundary,
                             const RowCopy& keys, const RowCopy& values, int64_t entry, const Columns& columns) {
   using Sum = Accumulator<Element>;
   using Word = Access<kPack* static_cast<int>(sizeof(Element))>;
@@ -62,7 +62,7 @@ __device__ void sum_skipped(const Keys& keys_of_block, const Team& team, int64_t
       bool skipped[kAhead];
       FSDC_UNROLL
       for (int i = 0; i < kAhead; ++i) {
-        skipped[i] = i < left && !boundary.keeps(keys_of_block(first + i), team.first_token + first + i);
+        skipped[i] = i < left && !boundary.keeps(codes_of_block(first + i), team.first_token + first + i);
         if (skipped[i]) words[i] = __ldg(reinterpret_cast<const Word*>(token));
         token += source.step;
       }

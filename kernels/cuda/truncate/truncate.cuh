@@ -6,10 +6,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "truncate_gather.cuh"
-#include "truncate_plan.h"
-#include "truncate_select.cuh"
-#include "truncate_skipped.cuh"
+#include "gather.cuh"
+#include "plan.h"
+#include "select.cuh"
+#include "skipped.cuh"
 
 namespace fsdc::cuda {
 
@@ -34,11 +34,12 @@ __device__ inline Ranks ranks_from(int64_t begin, int64_t count, int64_t kept) {
 
 // Selects with the blocks of the cluster, and writes the indices that its blocks copy. Where all stay, or none, there
 // is nothing to compare.
-template <int kThreads, class Keys>
-__device__ Boundary select_tokens(const Keys& keys, const Team& team, const TruncateParams& params, uint32_t* histogram,
-                                  const Ranks& of_cluster, const Ranks& of_block, int64_t* indices) {
+template <int kThreads, class Codes>
+__device__ Boundary select_tokens(const Codes& codes, const Team& team, const TruncateParams& params,
+                                  uint32_t* histogram, const Ranks& of_cluster, const Ranks& of_block,
+                                  int64_t* indices) {
   if (params.kept == 0) {
-    __syncthreads();  // keys may just have been brought
+    __syncthreads();  // codes may just have been brought
     return {~0u, 0, params.tokens};
   }
   if (params.kept == params.tokens) {
@@ -46,16 +47,16 @@ __device__ Boundary select_tokens(const Keys& keys, const Team& team, const Trun
     __syncthreads();
     return {0, 0, 0};
   }
-  const Threshold threshold = find_threshold<kThreads>(keys, team, static_cast<uint32_t>(params.kept), histogram);
-  return write_indices<kThreads>(keys, team, threshold, of_cluster.begin, of_cluster.end, indices);
+  const Threshold threshold = find_threshold<kThreads>(codes, team, static_cast<uint32_t>(params.kept), histogram);
+  return write_indices<kThreads>(codes, team, threshold, of_cluster.begin, of_cluster.end, indices);
 }
 
 // Element: what the skipped tokens are summed from; void without such an entry, then only bytes move. Two blocks per
 // multiprocessor, so that one selects while the other copies; sums want the registers of both.
-template <class Element, KeySource kSource>
-constexpr int kBlocksPerMultiprocessor = std::is_void_v<Element> && kSource != KeySource::kWeightSumsOnChip ? 2 : 1;
+template <class Element, CodeSource kSource>
+constexpr int kBlocksPerMultiprocessor = std::is_void_v<Element> && kSource != CodeSource::kWeightSumsOnChip ? 2 : 1;
 
-template <class Element, KeySource kSource, int kThreads>
+template <class Element, CodeSource kSource, int kThreads>
 __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Element, kSource>))
     truncate_kernel(const TruncateParams params, const TruncateLaunch plan) {
   FSDC_SHARED(histogram, uint32_t[kBins]);
@@ -67,27 +68,27 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Element, k
   const int64_t head = row % static_cast<uint32_t>(params.heads);
   const int64_t entries = params.kept + (params.has_skipped ? 1 : 0);
   const float* const scores =  // [S]
-      kSource == KeySource::kWeightSumsOnChip
+      kSource == CodeSource::kWeightSumsOnChip
           ? nullptr
           : params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
   int64_t* const indices = params.indices + row * entries;  // [E]
   const Team team = team_of(params.tokens, plan.cluster);
 
-  const auto keys_of_block = [&] {
-    if constexpr (kSource != KeySource::kScoresStreamed) {
-      FSDC_DYNAMIC_SHARED(keys, uint32_t);
+  const auto codes_of_block = [&] {
+    if constexpr (kSource != CodeSource::kScoresStreamed) {
+      FSDC_DYNAMIC_SHARED(codes, uint32_t);
       const bool all_stay = params.kept == params.tokens;
-      if (!all_stay) bring_keys<kSource, kThreads>(params, scores, batch, head, team, keys, histogram);
-      return KeysOnChip{keys};
+      if (!all_stay) bring_codes<kSource, kThreads>(params, scores, batch, head, team, codes, histogram);
+      return CodesOnChip{codes};
     } else {
-      return StreamedKeys{scores + team.first_token};
+      return StreamedCodes{scores + team.first_token};
     }
   }();
   const int64_t ranks_per_cluster = plan.ranks_per_block * plan.cluster;
   const Ranks of_cluster = ranks_from(cluster * ranks_per_cluster, ranks_per_cluster, params.kept);
   const Ranks of_block = ranks_from(block * plan.ranks_per_block, plan.ranks_per_block, params.kept);
   const Boundary boundary =
-      select_tokens<kThreads>(keys_of_block, team, params, histogram, of_cluster, of_block, indices);
+      select_tokens<kThreads>(codes_of_block, team, params, histogram, of_cluster, of_block, indices);
 
   const RowCopy keys = row_of(params.keys, batch, head, row, entries, plan.element_bytes);
   const RowCopy values = row_of(params.values, batch, head, row, entries, plan.element_bytes);
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Element, k
       const uint32_t all = of_keys + static_cast<uint32_t>(values.token_bytes) / kPackBytes;
       const uint32_t per_cluster = (all + plan.clusters_per_row - 1) / plan.clusters_per_row;
       const Columns columns{of_keys, min(cluster * per_cluster, all), min((cluster + 1) * per_cluster, all)};
-      sum_skipped<Element, kPack, kThreads>(keys_of_block, team, params.tokens, boundary, keys, values, params.kept,
+      sum_skipped<Element, kPack, kThreads>(codes_of_block, team, params.tokens, boundary, keys, values, params.kept,
                                             columns);
     };
     if (plan.key_access >= 8 && plan.value_access >= 8) {
@@ -139,16 +140,16 @@ cudaError_t launch_truncate_kernel(const TruncateParams& params, const TruncateP
                                 .value_access = access_of(params.values, element_bytes)};
   const Grid grid{.blocks = static_cast<unsigned>(blocks),
                   .threads = kThreads,
-                  .shared_bytes = static_cast<size_t>(key_bytes(params, plan)),
+                  .shared_bytes = static_cast<size_t>(code_bytes(params, plan)),
                   .cluster = plan.cluster};
   const auto launch_kernel = [&](auto kernel) { return launch(kernel, grid, stream, params, launched); };
   const auto launch_for = [&](auto element) {
     using Element = typename decltype(element)::type;
     if (params.scores == nullptr) {
-      return launch_kernel(truncate_kernel<Element, KeySource::kWeightSumsOnChip, kThreads>);
+      return launch_kernel(truncate_kernel<Element, CodeSource::kWeightSumsOnChip, kThreads>);
     }
-    return plan.keys_on_chip ? launch_kernel(truncate_kernel<Element, KeySource::kScoresOnChip, kThreads>)
-                             : launch_kernel(truncate_kernel<Element, KeySource::kScoresStreamed, kThreads>);
+    return plan.codes_on_chip ? launch_kernel(truncate_kernel<Element, CodeSource::kScoresOnChip, kThreads>)
+                              : launch_kernel(truncate_kernel<Element, CodeSource::kScoresStreamed, kThreads>);
   };
   return params.has_skipped ? with_element(params.dtype, launch_for) : launch_for(ElementType<void>{});
 }

@@ -2,9 +2,9 @@
 // Copy the kept tokens of one row. Bytes only: no element type is known here.
 #pragma once
 
-#include "../truncate.h"
-#include "block.cuh"
-#include "element.cuh"
+#include "../../truncate.h"
+#include "../block.cuh"
+#include "../element.cuh"
 
 namespace fsdc::cuda {
 
