@@ -41,6 +41,7 @@ class FixedSizeLayer(DynamicLayer):
         self.settings = settings or FixedSizeCacheConfig()
         self.protected_spans = read_spans(protected_spans, self.settings)
         self.group = 1  # query heads per KV head, once attention has shown it
+        self.has_attended = False  # what is the same at every step has been checked
         self.is_compileable = False  # generate() compiles the steps of a cache that says yes
         self.slots: Slots | None = None
         self._forget()
@@ -203,6 +204,7 @@ class FixedSizeLayer(DynamicLayer):
         ``read_mask``.
         """
         stage = self.stage_of("attend")
+        self.has_attended = True
         self._read_mask(stage, mask)
         return self.finish(stage, query, rule)
 
