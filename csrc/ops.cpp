@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every operator of the library `fsdc`. csrc/NAME.h says what arguments are allowed, csrc/cpu and csrc/cuda register
-// the implementations, python/fixed_size_kv_cache/_operators.py the shapes for the compiler.
+// the implementations, python/fixed_size_kv_cache/operators/register.py the shapes for the compiler.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fsdc, m) {

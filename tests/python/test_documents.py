@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from fixed_size_kv_cache import dynamic_cache, settings
 from fixed_size_kv_cache.huggingface import enabling
+from fixed_size_kv_cache.layer import score_rule
 from fixed_size_kv_cache.operators import reference
 from fixed_size_kv_cache.recall import MODEL
 
@@ -88,6 +89,22 @@ DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), 
 def test_links_lead_somewhere(document):
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / document).read_text()):
         assert ((ROOT / document).parent / link).exists(), link
+
+
+def test_paths_that_are_named_exist():
+    """In documents and in comments of C++ sources; NAME stands for any operator."""
+    sources = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    text = "\n".join(path.read_text() for path in (*sources, *(ROOT / document for document in DOCUMENTS)))
+    named = set(re.findall(r"(?<![\w/.-])(?:python|csrc|kernels|tests|benchmarks|docs)/[\w/.-]*\w", text))
+    assert len(named) > 30
+    assert [path for path in sorted(named) if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_the_score_rule_cites_the_sources_of_its_page():
+    cited = re.findall(r"arXiv (\d{4}\.\d{5})", score_rule.__doc__)
+    page = (ROOT / "docs/eviction.md").read_text()
+    assert len(cited) == 5
+    assert re.findall(r"\[arXiv (\d{4}\.\d{5})\]\(https://arxiv\.org/abs/\1\)", page) == cited
 
 
 def test_figures_are_those_of_the_results(monkeypatch):

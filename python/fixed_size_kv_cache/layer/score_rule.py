@@ -3,8 +3,19 @@
 
 ``s`` is the decayed sum of the attention that a token received, ``p`` what every token is credited with, ``w`` the norm
 of its value, and ``r`` the largest cosine between its key and any newer key seen since. The least goes; from first to
-last: empty slots, finite scores, NaN, protected tokens; of equal ones the older. ``docs/eviction.md`` says where the
-rule comes from.
+last: empty slots, finite scores, NaN, protected tokens; of equal ones the older. ``docs/eviction.md`` says how much
+each part matters.
+
+Sources, and where we deviate:
+
+* ``s``: accumulated attention, H2O (Zhang et al. 2023, arXiv 2306.14048). Ours decays, is one sum for each KV head over
+  the query heads of its group, and has ``p`` added. Of the slots a quarter is for recent tokens, there half.
+* ``w``: VATP (Guo et al. 2024, arXiv 2406.12335) multiplies attention by the l1 norm of the value, we by the l2 norm.
+* ``r``: KeyDiff (Park et al. 2025, arXiv 2504.15364) evicts keys that are close to the mean of all keys, and asks no
+  attention. R-KV (Cai et al. 2025, arXiv 2505.24133) takes a mean of cosines off the attention of the last queries,
+  once in so many steps. Ours is a factor, not a term, and a maximum that each new key may raise and nothing lowers.
+* attention sinks: StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) keeps the first tokens and the last ones, nothing
+  else. Ours protects both and chooses among the others; small caches protect fewer than four first ones.
 """
 
 import torch
