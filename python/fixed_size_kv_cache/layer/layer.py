@@ -74,11 +74,12 @@ class FixedSizeLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, tensor: None) -> None:
-        _refuse_assignment("keys", tensor)
+        if tensor is not None:  # transformers' own layers begin with None
+            raise AttributeError(
+                "FixedSizeLayer: keys and values must not be assigned, the cache writes its slots itself"
+            )
 
-    @values.setter
-    def values(self, tensor: None) -> None:
-        _refuse_assignment("values", tensor)
+    values = values.setter(keys.fset)
 
     @property
     def tokens_seen(self) -> int:
@@ -105,6 +106,14 @@ class FixedSizeLayer(DynamicLayer):
         return self.slots.skipped
 
     @property
+    def decode_path(self) -> str:
+        """How steps of one token are computed: ``fused``, by one call of ``torch.ops.fsdc.decode_attention_``, or
+        ``plain``, by torch's own operators (the baselines, and CUDA)."""
+        if self.slots is None:
+            raise RuntimeError("this layer holds nothing yet; run the model first")
+        return "fused" if decode.is_fused(self.settings, self.device) else "plain"
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return 0 if self.slots is None else sum(x.nbytes for x in self.slots.tensors)
@@ -129,9 +138,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def has_holes(self) -> bool:
         """Whether padding left slots in use empty. Waits for the device."""
-        if self.slots is None or not self.slots.may_have_holes:
-            return False
-        return bool((self.slots.read(self.tokens_held).positions < 0).any())
+        return self.slots is not None and self.slots.has_holes(self.tokens_held)
 
     # ---- what transformers asks --------------------------------------------------------------------------------------
 
@@ -153,7 +160,7 @@ class FixedSizeLayer(DynamicLayer):
         evicted = self.tokens_folded - self.tokens_held
         return self.tokens_seen - evicted + Q, evicted
 
-    # ---- the first half of a step ------------------------------------------------------------------------------------
+    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Stages new tokens ``[B, H, Q, D]`` and returns the keys and values ``[B, H, T + Q, D]`` that they see.
@@ -176,26 +183,21 @@ class FixedSizeLayer(DynamicLayer):
                 raise ValueError(
                     f"update: there must be at least one new token; got keys of sizes {list(key_states.shape)}"
                 )
-            T, held = self.tokens_held, self.slots.order(self.tokens_held)
-            before = [held]
-            if self.recorded is not None:
-                T += self.recorded.tokens
-                before.append(self.recorded)
+            before = [self.slots.order(self.tokens_held), *([] if self.recorded is None else [self.recorded])]
             keys = torch.cat([*(x.keys for x in before), key_states], dim=2)
             values = torch.cat([*(x.values for x in before), value_states], dim=2)
+            T = keys.shape[2] - Q
         self.staged = Stage(key_states, value_states, keys, values, Q, T)
         return keys, values
 
     def _make_room_for(self, keys: Tensor, values: Tensor) -> None:
         if self.slots is not None and self.tokens_seen != 0:
+            held = list(self.slots.tokens.keys.shape[:2])
             raise ValueError(
-                f"update: new keys must be like those in the cache, {list(self.slots.tokens.keys.shape[:2])} of "
-                f"{self.dtype} on {self.device}; got {list(keys.shape[:2])} of {keys.dtype} on {keys.device}; "
-                "call reset() to begin anew"
+                f"update: new keys must be like those in the cache, {held} of {self.dtype} on {self.device}; got "
+                f"{list(keys.shape[:2])} of {keys.dtype} on {keys.device}; call reset() to begin anew"
             )
         self.lazy_initialization(keys, values)
-
-    # ---- the second half ---------------------------------------------------------------------------------------------
 
     def attend(self, query: Tensor, mask: Tensor | None, rule: LogitRule) -> Tensor:
         """Ends the step: the attention of its queries ``[B, Hq, Q, D]``, then votes and eviction.
@@ -274,13 +276,9 @@ class FixedSizeLayer(DynamicLayer):
         """Who sees whom: slots, recorded tokens, new ones."""
         held, recorded = None, self.recorded
         T = stage.held if recorded is None else stage.held - recorded.tokens
-        if self.slots.may_have_holes or (recorded is not None and recorded.valid is not None):
+        if self.slots.may_have_holes or (recorded is not None and recorded.new.valid is not None):
             held = self.slots.read(T).positions >= 0
-            if recorded is not None:
-                valid = recorded.valid
-                if valid is None:
-                    valid = torch.ones(held.shape[0], recorded.tokens, dtype=torch.bool, device=self.device)
-                held = torch.cat([held, valid[:, None].expand(-1, held.shape[1], -1)], dim=2)
+            held = held if recorded is None else recorded.behind(held)
         return Visibility(stage.held, stage.queries, held, stage.new)
 
     def _end(self, stage: Stage) -> None:
@@ -350,11 +348,8 @@ class FixedSizeLayer(DynamicLayer):
                 "activate_past_recording() before these tokens come"
             )
         left = max(0, self.tokens_seen - remove)
-        removed = self.slots.read(self.tokens_seen).positions[:, 0, left:]
-        self.slots.seen -= (removed >= 0).sum(-1, dtype=torch.int32)
-        self.slots.empty(left)
+        self.slots.crop(self.tokens_seen, left)
         self._seen = left
-        self.slots.columns.fill_(left)
 
     # ---- whole rows --------------------------------------------------------------------------------------------------
 
@@ -404,8 +399,3 @@ class FixedSizeLayer(DynamicLayer):
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "last_returned"}
-
-
-def _refuse_assignment(name: str, tensor: Tensor | None) -> None:
-    if tensor is not None:  # transformers' own layers begin with None
-        raise AttributeError(f"FixedSizeLayer: {name} must not be assigned, the cache writes its slots itself")

@@ -152,6 +152,13 @@ class Slots:
         self.tokens.positions[..., start:stop] = -1
         self.tokens.scores[..., start:stop] = -math.inf
 
+    def crop(self, S: int, left: int) -> None:
+        """Takes back all but the first ``left`` of ``S`` tokens seen, none of which was evicted."""
+        removed = self.read(S).positions[:, 0, left:]
+        self.seen -= (removed >= 0).sum(-1, dtype=torch.int32)
+        self.empty(left)
+        self.columns.fill_(left)
+
     def order(self, count: int) -> Tokens:
         """Puts the first ``count`` slots into token order, empty ones first, and returns them as views."""
         held = self.read(count)
@@ -159,6 +166,10 @@ class Slots:
             self.write(0, take(held, held.positions.argsort(dim=-1, stable=True)))
             self.is_ordered = True
         return held
+
+    def has_holes(self, count: int) -> bool:
+        """Whether padding left some of the first ``count`` slots empty. Waits for the device."""
+        return self.may_have_holes and bool((self.read(count).positions < 0).any())
 
     # ---- whole rows --------------------------------------------------------------------------------------------------
 
