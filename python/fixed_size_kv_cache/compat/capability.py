@@ -62,8 +62,8 @@ def has_window(module: Any, layer_idx: int) -> bool:
 
 
 def rotates_by_length(config: Any) -> bool:
-    """Whether a model's rotary embeddings depend on the length of the text, as their type tells (dynamic NTK,
-    longrope). A key keeps the rotation of the length at which it was read."""
+    """Whether rotary embeddings depend on the length of the text (dynamic NTK, longrope): a key keeps the rotation of
+    the length at which it was read."""
     text = text_config(config)
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     by_layer_type = [value for value in rope.values() if isinstance(value, dict)]

@@ -2,9 +2,10 @@
 """Where generate() of transformers makes its cache: the place at which an enabled model gets one of ours.
 
 Importing puts one hook after ``GenerationMixin._prepare_cache_for_generation``, which does nothing for models that are
-neither enabled nor of the attention implementation "fsdc", and one after ``_assisted_decoding``, for our caches only.
+neither enabled nor of the attention implementation "fsdc", and one around each way to generate, for our caches only.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -28,7 +29,9 @@ from ..compat.transformers import (
 )
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..settings import CACHE_SIZE, FixedSizeCacheConfig
+from .assisted import skip_what_was_read
 from .attention_interface import NAME
+from .handed_over import Given, cache_of
 
 MARK = "_fixed_size_cache"  # the attribute of an enabled model; no parameter and no buffer, so it is not saved
 REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
@@ -162,18 +165,26 @@ def _install() -> None:
 
     GenerationMixin._prepare_cache_for_generation = prepare_cache_for_generation
 
-    assisted = GenerationMixin._assisted_decoding
+    for name in ("_sample", "_beam_search", "_assisted_decoding"):
+        setattr(GenerationMixin, name, _with_history(getattr(GenerationMixin, name)))
 
-    @functools.wraps(assisted)
-    def assisted_decoding(self: Any, *args: Any, **kwargs: Any):
-        try:
-            return assisted(self, *args, **kwargs)
-        finally:  # from here on tokens stay, and are evicted
-            cache = kwargs.get(CACHE_NAME)
-            if isinstance(cache, FixedSizeDynamicCache):
-                cache.stop_past_recording()
 
-    GenerationMixin._assisted_decoding = assisted_decoding
+def _with_history(original: Callable) -> Callable:
+    """Of a way to generate: what it is handed is checked against our cache before the first token, and remembered."""
+
+    @functools.wraps(original)
+    def generate(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_of(kwargs)
+        if cache is None:
+            return original(self, input_ids, *args, **kwargs)
+        given = Given(cache, input_ids, kwargs["generation_config"], kwargs)
+        with skip_what_was_read(self, given) if is_assisted_loop else contextlib.nullcontext():
+            result = original(self, input_ids, *args, **kwargs)
+        given.remember(result if isinstance(result, Tensor) else result.sequences)
+        return result
+
+    is_assisted_loop = original.__name__ == "_assisted_decoding"
+    return generate
 
 
 _install()

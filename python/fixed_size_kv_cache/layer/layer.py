@@ -12,6 +12,7 @@ from ..compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, query_
 from ..settings import FixedSizeCacheConfig
 from . import attention, chunk, decode
 from .attention import LogitRule
+from .history import History
 from .new_tokens import ALL_REAL, Stage, Visibility, read_mask
 from .protected_spans import read_spans
 from .recorded import Recorded
@@ -51,6 +52,7 @@ class FixedSizeLayer(DynamicLayer):
         self.staged: Stage | None = None
         self.record_past = False  # evict nothing before crop(), see activate_past_recording
         self.recorded: Recorded | None = None
+        self.history: History | None = None  # the ids that generate() has read, in the first layer of a cache
         self.last_returned = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
@@ -135,6 +137,10 @@ class FixedSizeLayer(DynamicLayer):
             T += 1
         held = self.slots.read(T)
         return held.keys, held.values
+
+    def tokens_of_rows(self) -> list[int]:
+        """Tokens seen of each row, padding not counted, nor those that may be taken back. Waits for the device."""
+        return self.slots.seen.tolist()
 
     def has_holes(self) -> bool:
         """Whether padding left slots in use empty. Waits for the device."""
@@ -313,6 +319,8 @@ class FixedSizeLayer(DynamicLayer):
         if not self.is_initialized:
             return
         remove = -count if count <= 0 else max(0, self.tokens_seen - count)
+        if remove:
+            self.history = None
         if self.recorded is not None:
             self._crop_recorded(remove)
         elif remove:
@@ -381,6 +389,8 @@ class FixedSizeLayer(DynamicLayer):
         self.slots.select_rows(rows)
         if self.recorded is not None:
             self.recorded = self.recorded.select_rows(rows)
+        if self.history is not None:
+            self.history = self.history.select_rows(rows)
         self.last_returned = None
 
     def offload(self) -> None:
