@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens FixedSizeDynamicCache keeps, and the entry of those it does not."""
 
+import itertools
 import warnings
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from inputs import INF, NAN
 from llamas import feed, held_positions, new_cache, recipe, tiny_llama, tokens
 from steps import PLAIN, attend, last_column, one_token, step
@@ -112,18 +111,17 @@ def test_equal_scores_go_by_position():
     assert least(e, torch.tensor([[[1, 9, 4, 2]]], dtype=torch.int32)).item() == 2
 
 
-@given(data=st.data())
-def test_the_victim_is_the_least_by_the_order_of_the_operators(data):
-    """``least`` looks for one slot in another way than ``truncate`` sorts; NaN, infinities and -0 are ranked alike."""
-    special = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, NAN, -NAN, INF, -INF])
-    few = data.draw(st.lists(special | st.floats(width=32), min_size=1, max_size=3))  # so that the least is any of them
-    eviction = data.draw(st.lists(st.sampled_from(few), min_size=1, max_size=12))
-    order = data.draw(st.permutations(range(len(eviction))))
-    positions = [-1 if score == -INF else position for score, position in zip(eviction, order, strict=True)]
-    ranks = reference.rank(torch.tensor(eviction)).tolist()
-    expected = min(range(len(ranks)), key=lambda i: (ranks[i], positions[i], i))
-    slot = least(torch.tensor(eviction)[None, None], torch.tensor(positions, dtype=torch.int32)[None, None])
-    assert slot.item() == expected
+def test_the_victim_is_the_least_by_the_order_of_the_operators():
+    """``least`` looks for one slot in another way than ``truncate`` sorts: every three scores in every order of age."""
+    scores = [0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, NAN, -NAN, INF, -INF]
+    cases = list(itertools.product(itertools.product(scores, repeat=3), itertools.permutations(range(3))))
+    eviction = torch.tensor([case for case, _ in cases])[:, None]  # [cases, 1, 3]
+    age = torch.tensor([order for _, order in cases], dtype=torch.int32)[:, None]
+    positions = age.masked_fill(eviction == -INF, -1)  # an empty slot has none, and of those the first goes
+    victims = least(eviction, positions).flatten().tolist()
+    ranks = reference.rank(eviction).flatten(1).tolist()
+    for case, rank, position, victim in zip(cases, ranks, positions.flatten(1).tolist(), victims, strict=True):
+        assert victim == min(range(3), key=lambda slot: (rank[slot], position[slot], slot)), case  # noqa: B023
 
 
 def test_query_weights_of_a_padded_row():
