@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 from decode_case import DEFAULTS, ENTRY, SCORES, Case, assert_same_step, decode_attention_, random_case
+from fixed_size_kv_cache.attention import LogitRule
+from fixed_size_kv_cache.protected_spans import in_spans
 
 from fixed_size_kv_cache import reference
-from fixed_size_kv_cache.attention import LogitRule
 from fixed_size_kv_cache.layer import FixedSizeLayer
-from fixed_size_kv_cache.protected_spans import in_spans
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 B, H, G, D, C = 3, 2, 3, 8, 10
