@@ -67,9 +67,9 @@ inline void check_like_query(const char* op, const char* name, const Tensor& ten
 // The entry of the evicted tokens: all four tensors or none.
 inline void check_entry(const char* op, const DecodeArguments& a, int64_t batch, int64_t heads) {
   const bool given = a.skipped_keys.has_value();
-  FSDC_CHECK(given == a.skipped_values.has_value() && given == a.skipped_count.has_value() &&
-                 given == a.lost.has_value(),
-             op, ": skipped_keys, skipped_values, skipped_count and lost must be given together; got some of them");
+  FSDC_CHECK(
+      given == a.skipped_values.has_value() && given == a.skipped_count.has_value() && given == a.lost.has_value(), op,
+      ": skipped_keys, skipped_values, skipped_count and lost must be given together; got some of them");
   if (!given) return;
   const ScalarType wide = a.query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_sizes(op, "skipped_keys", *a.skipped_keys, {batch, heads, a.query.size(3)}, "[B, H, D]");
@@ -152,21 +152,26 @@ inline void check_decode_attention(const DecodeArguments& a) {
     check_contiguous_rows(op, "sinks", *a.sinks);
   }
   FSDC_CHECK(a.length >= 0, op, ": length must be at least 0; got ", a.length);
-  FSDC_CHECK(a.sink_tokens >= 0 && a.recent_tokens >= 0, op,
-             ": sink_tokens and recent_tokens must be at least 0; got ", a.sink_tokens, " and ", a.recent_tokens);
+  FSDC_CHECK(a.sink_tokens >= 0 && a.recent_tokens >= 0, op, ": sink_tokens and recent_tokens must be at least 0; got ",
+             a.sink_tokens, " and ", a.recent_tokens);
   FSDC_CHECK(!a.softcap.has_value() || *a.softcap > 0, op, ": softcap must be above 0; got ", *a.softcap);
 
-  const std::initializer_list<Argument> written = {
-      {"keys", &a.keys},           {"values", &a.values},
-      {"facts", &a.facts},         {"positions", &a.positions},
-      {"seen", &a.seen},           {"skipped_keys", pointer(a.skipped_keys)},
-      {"lost", pointer(a.lost)},   {"skipped_values", pointer(a.skipped_values)},
-      {"skipped_count", pointer(a.skipped_count)}};
-  const std::initializer_list<Argument> read = {
-      {"query", &a.query},         {"new_keys", &a.new_keys},
-      {"valid", pointer(a.valid)}, {"new_values", &a.new_values},
-      {"sinks", pointer(a.sinks)}, {"protected", pointer(a.is_protected)},
-      {"head_layout", pointer(a.head_layout)}};
+  const std::initializer_list<Argument> written = {{"keys", &a.keys},
+                                                   {"values", &a.values},
+                                                   {"facts", &a.facts},
+                                                   {"positions", &a.positions},
+                                                   {"seen", &a.seen},
+                                                   {"skipped_keys", pointer(a.skipped_keys)},
+                                                   {"lost", pointer(a.lost)},
+                                                   {"skipped_values", pointer(a.skipped_values)},
+                                                   {"skipped_count", pointer(a.skipped_count)}};
+  const std::initializer_list<Argument> read = {{"query", &a.query},
+                                                {"new_keys", &a.new_keys},
+                                                {"valid", pointer(a.valid)},
+                                                {"new_values", &a.new_values},
+                                                {"sinks", pointer(a.sinks)},
+                                                {"protected", pointer(a.is_protected)},
+                                                {"head_layout", pointer(a.head_layout)}};
   for (const auto& arguments : {written, read}) {
     for (const Argument& argument : arguments) {
       if (argument.tensor != nullptr) check_same_device(op, argument.name, *argument.tensor, "query", a.query);
@@ -185,8 +190,7 @@ inline int64_t most_slots(const DecodeArguments& a) {
     const bool fits = layout[0] >= next && layout[1] >= 1 && int64_t{layout[0]} + layout[1] + 1 <= a.keys.size(1);
     FSDC_CHECK(fits && layout[2] >= 0 && layout[3] >= 0, "decode_attention_: head_layout must hold (first row, slots, ",
                "sink tokens, recent tokens) of heads one behind the other within the ", a.keys.size(1),
-               " rows of keys; got ",
-               to_text(std::vector<int64_t>(layout, layout + 4)), " for head ", head);
+               " rows of keys; got ", to_text(std::vector<int64_t>(layout, layout + 4)), " for head ", head);
     most = std::max<int64_t>(most, layout[1]);
     next = int64_t{layout[0]} + layout[1] + 1;
   }
@@ -214,9 +218,10 @@ Tensor decode_attention(Tensor query, Tensor new_keys, Tensor new_values, Tensor
                         std::optional<Tensor> is_protected, std::optional<Tensor> head_layout,
                         std::optional<Tensor> skipped_keys, std::optional<Tensor> skipped_values,
                         std::optional<Tensor> skipped_count, std::optional<Tensor> lost, bool skipped_mean) {
-  const DecodeArguments arguments{query, new_keys, new_values, keys, values, facts, positions, seen, length, scaling,
-                                  decay, prior, redundancy, sink_tokens, recent_tokens, softcap, sinks, valid,
-                                  is_protected, head_layout, skipped_keys, skipped_values, skipped_count, lost};
+  const DecodeArguments arguments{query,        new_keys,    new_values,    keys,           values,        facts,
+                                  positions,    seen,        length,        scaling,        decay,         prior,
+                                  redundancy,   sink_tokens, recent_tokens, softcap,        sinks,         valid,
+                                  is_protected, head_layout, skipped_keys,  skipped_values, skipped_count, lost};
   check_decode_attention(arguments);
   const int64_t slots = most_slots(arguments);
   const Backend backend(query);

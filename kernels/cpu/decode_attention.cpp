@@ -46,8 +46,7 @@ void decode_attention(const DecodeAttentionParams& params, const Parallel& paral
   const DecodePlan plan(params);
   const int64_t rows = params.batch * params.heads;
   const int64_t run_bytes = plan.numbers * (params.dtype == DType::kFloat64 ? 8 : 4);
-  const int64_t unit_bytes =
-      plan.run_tokens * (params.keys.dim + params.values.dim) * element_size(params.dtype);
+  const int64_t unit_bytes = plan.run_tokens * (params.keys.dim + params.values.dim) * element_size(params.dtype);
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, unit_bytes));
   if (plan.runs == 1) {
     parallel.run(rows, grain, [&](int64_t begin, int64_t end) {

@@ -13,8 +13,8 @@ namespace fsdc::cpu {
 // A row's tokens, the T in use and then the new one, are cut into runs. Depends on shapes only, never on threads.
 struct DecodePlan {
   explicit DecodePlan(const DecodeAttentionParams& params) {
-    constexpr int64_t kFewRows = 16;      // so few rows cannot keep many threads busy
-    constexpr int64_t kUnits = 32;        // then rows are cut into so many units in all
+    constexpr int64_t kFewRows = 16;       // so few rows cannot keep many threads busy
+    constexpr int64_t kUnits = 32;         // then rows are cut into so many units in all
     constexpr int64_t kLeastTokens = 256;  // that a unit is worth
     const int64_t tokens = std::min(params.length, params.slots) + 1;
     const int64_t rows = params.batch * params.heads;
@@ -29,12 +29,12 @@ struct DecodePlan {
     numbers = facts_at + whole(4 * params.group + 2);
   }
 
-  int64_t runs = 1;        // per row
-  int64_t run_tokens;      // of each but the last
-  int64_t row_stride;      // of query rows
-  int64_t value_stride;    // of outputs
+  int64_t runs = 1;      // per row
+  int64_t run_tokens;    // of each but the last
+  int64_t row_stride;    // of query rows
+  int64_t value_stride;  // of outputs
   int64_t logit_stride;
-  int64_t logits_at;       // where parts of a run's memory begin
+  int64_t logits_at;  // where parts of a run's memory begin
   int64_t outputs_at;
   int64_t facts_at;
   int64_t numbers;  // floats (doubles for fp64) of memory that one run needs

@@ -9,6 +9,7 @@ FSDC_BEGIN_AVX2
 
 namespace fsdc::cpu::avx2 {
 
+// In this order: each needs those before it.
 #include "kernels/cpu/vectors_avx2.inc"
 //
 #include "kernels/cpu/vectors.inc"

@@ -9,6 +9,7 @@ FSDC_BEGIN_AVX512
 
 namespace fsdc::cpu::avx512 {
 
+// In this order: each needs those before it.
 #include "kernels/cpu/vectors_avx512.inc"
 //
 #include "kernels/cpu/vectors.inc"

@@ -4,6 +4,7 @@
 
 namespace fsdc::cpu::portable {
 
+// In this order: each needs those before it.
 #include "kernels/cpu/vectors_portable.inc"
 //
 #include "kernels/cpu/vectors.inc"
