@@ -145,4 +145,4 @@ def write(path, text):
 # Metadata and the source archive need neither torch nor a compiler.
 only_metadata = {"egg_info", "dist_info", "sdist"} & set(sys.argv)
 # The licence stands here because setuptools before 77 and after it read it in different forms from pyproject.toml.
-distribution = setup(version=VERSION, license="Apache-2.0", **({} if only_metadata else extension()))
+setup(version=VERSION, license="Apache-2.0", **({} if only_metadata else extension()))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every argument rule is made of. An error has one form, `op: argument must be <rule>; got <what came>`, and is
-// a RuntimeError in Python, as from torch. python/fixed_size_kv_cache/_checks.py holds the same rules for fake kernels.
+// a RuntimeError in Python, as from torch. For fake kernels python/fixed_size_kv_cache/operators/checks.py holds the
+// same rules.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

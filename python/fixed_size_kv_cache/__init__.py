@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """A KV cache of fixed size that keeps the tokens with the most accumulated attention.
 
-Importing the package loads the operators ``torch.ops.fsdc.truncate`` and ``torch.ops.fsdc.accumulate_scores_``;
-:mod:`fixed_size_kv_cache.reference` documents and specifies them. What builds on Hugging Face transformers is loaded
-when it is first used, so the operators work without it.
+Importing the package loads the operators ``torch.ops.fsdc``: ``truncate``, ``accumulate_scores_`` and
+``decode_attention_``; :mod:`fixed_size_kv_cache.reference` documents and specifies them. What builds on Hugging Face
+transformers is loaded when it is first used, so the operators work without it.
 """
 
 import importlib
 from typing import Any
 
-from . import _load, _operators, _versions  # noqa: F401
 from ._version import __version__
+from .compat import versions as _versions
+from .operators import load as _load  # noqa: F401  first: where the build does not fit it says so
+from .operators import register as _register  # noqa: F401
 
 _HUGGING_FACE = {
     "FixedSizeCacheConfig": "settings",
     "FixedSizeDynamicCache": "dynamic_cache",
-    "FixedSizeLayer": "layer",
-    "as_default": "enabling",
-    "disable": "enabling",
-    "enable": "enabling",
+    "FixedSizeLayer": "layer.layer",
+    "as_default": "huggingface.enabling",
+    "disable": "huggingface.enabling",
+    "enable": "huggingface.enabling",
 }
 
 __all__ = ["__version__", *_HUGGING_FACE]
@@ -28,7 +30,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HUGGING_FACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _versions.require_transformers(name)
-    if _HUGGING_FACE[name] == "enabling" and not _versions.has_interface():
+    if _HUGGING_FACE[name] == "huggingface.enabling" and not _versions.has_interface():
         raise ImportError(
             f"{name} needs transformers>={_versions.OLDEST_INTERFACE}; got {_versions.transformers_version()}, on "
             "which the recipe for LLaMA works"

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from .cli import main
+from .cli.app import main
 
 main()

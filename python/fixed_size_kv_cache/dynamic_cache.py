@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import adoption
-from ._compat import BaseCache, DynamicLayer, init_cache
-from .attention import LogitRule
-from .capability import check_config, check_layers
-from .handoff import HANDOFF
-from .held_tensors import HeldTensors
-from .layer import FixedSizeLayer
-from .masks import read_mask
+from . import legacy
+from .compat.capability import check_config, check_layers
+from .compat.transformers import SHOWS_PADDING_EVERYTHING, BaseCache, DynamicLayer, init_cache
+from .layer.attention import LogitRule
+from .layer.handoff import HANDOFF
+from .layer.layer import FixedSizeLayer
+from .layer.new_tokens import read_mask
 from .settings import FixedSizeCacheConfig, read_settings
 
 __all__ = ["FixedSizeDynamicCache"]
@@ -28,10 +27,10 @@ __all__ = ["FixedSizeDynamicCache"]
 class FixedSizeDynamicCache(BaseCache):
     """A ``DynamicCache`` that holds at most ``cache_size`` tokens per layer and KV head.
 
-    Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.score_rule`. ``get_seq_length()`` is
-    the number of tokens seen, not of those held. All arguments are keywords; what is not given comes from the
-    environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or from the
-    defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
+    Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.layer.score_rule`.
+    ``get_seq_length()`` is the number of tokens seen, not of those held. All arguments are keywords; what is not given
+    comes from the environment (``FSDC_KV_CACHE_SIZE``, ``FSDC_INCLUDE_SKIPPED``, ``FSDC_FREE_MEMORY``, read now) or
+    from the defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
 
     Args:
         config: the model's config. Layers with a sliding window keep transformers' own cache, and so do the linear
@@ -114,20 +113,23 @@ class FixedSizeDynamicCache(BaseCache):
                 )
             value_states = value_states.to(key_states.dtype)
         if not torch.compiler.is_compiling():
-            self._check_columns(layer_idx, key_states.shape[2])
-            if layer_idx == self.last_layer:
-                self._check_positions(layer.get_seq_length() + key_states.shape[2])
+            if layer_idx > 0:
+                self._check_steps(layer_idx, key_states.shape[2])
+            if layer_idx == self.last_layer and self.trained_positions is not None:
+                self._check_positions(layer.tokens_seen + key_states.shape[2])
         with _without_autograd():
             keys, values = layer.update(key_states, value_states)
         HANDOFF.offer(self, layer_idx, keys)
         return keys, values
 
-    def _check_columns(self, layer_idx: int, Q: int) -> None:
+    def _check_steps(self, layer_idx: int, Q: int) -> None:
         """A forward that broke off between layers left some of them a step behind."""
-        first, layer = next(x for x in self.layers if isinstance(x, FixedSizeLayer)), self.layers[layer_idx]
+        first, layer = self.layers[0], self.layers[layer_idx]
+        if not isinstance(first, FixedSizeLayer):  # one of transformers' own
+            first = next(x for x in self.layers if isinstance(x, FixedSizeLayer))
         if layer is first or first.staged is not None:
             return
-        ahead, expected = first.get_seq_length(), layer.get_seq_length() + Q
+        ahead, expected = first.tokens_seen, layer.tokens_seen + Q
         if ahead and ahead != expected:
             raise RuntimeError(
                 f"update: layer {layer_idx} must have seen as many tokens as the layers before it, {ahead} with this "
@@ -135,7 +137,7 @@ class FixedSizeDynamicCache(BaseCache):
             )
 
     def _check_positions(self, seen: int) -> None:
-        if self.trained_positions is not None and seen > self.trained_positions:
+        if seen > self.trained_positions:
             _warn_of_positions(self.trained_positions)
 
     def attend(self, layer_idx: int, query_states: Tensor, attention_mask: Tensor | None, rule: LogitRule) -> Tensor:
@@ -162,7 +164,8 @@ class FixedSizeDynamicCache(BaseCache):
         layer = self._own_layer(layer_idx)
         with _without_autograd():
             output = layer.attend(query_states, attention_mask, rule)
-        self._free_memory(layer_idx, query_states.shape[2])
+        if self.settings.free_memory:
+            self._free_memory(layer_idx, query_states.shape[2])
         return output
 
     def activate_past_recording(self) -> None:
@@ -177,9 +180,7 @@ class FixedSizeDynamicCache(BaseCache):
         self.record_past = False
         for layer in self.layers:
             if isinstance(layer, FixedSizeLayer):
-                layer.record_past = False
-                if layer.staged is None:
-                    layer.crop(0)
+                layer.stop_past_recording()
 
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers. A step that broke off, or recording, ends with it too."""
@@ -210,7 +211,7 @@ class FixedSizeDynamicCache(BaseCache):
             TypeError: for any other cache, naming its class and the remedy.
             ValueError: for a stock cache that already holds tokens of earlier steps.
         """
-        return adoption.from_legacy_cache(cls, cache, layer_idx)
+        return legacy.from_legacy_cache(cls, cache, layer_idx)
 
     @torch.no_grad()
     def cache_truncate(
@@ -239,7 +240,7 @@ class FixedSizeDynamicCache(BaseCache):
         """
         HANDOFF.clear()
         layer = self._own_layer(layer_idx)
-        stage = layer._stage("cache_truncate")
+        stage = layer.stage_of("cache_truncate")
         B, columns = stage.all_keys.shape[0], stage.all_keys.shape[2]
         if query_states.shape[0] != B or query_states.shape[2] != stage.queries:
             raise ValueError(
@@ -252,7 +253,7 @@ class FixedSizeDynamicCache(BaseCache):
                 f"got sizes {list(key_states.shape)}"
             )
         if stage.new is None:  # not our own forward
-            new = read_mask(attention_mask, B, stage.queries, layer.get_seq_length())
+            new = read_mask(attention_mask, B, stage.queries, layer.get_seq_length(), SHOWS_PADDING_EVERYTHING)
             if new.valid is not None and not new.valid.all():
                 raise ValueError(
                     "cache_truncate: attention_mask shows padding, which only our own attention understands; call "
@@ -262,7 +263,7 @@ class FixedSizeDynamicCache(BaseCache):
             if self.settings.include_skipped:
                 _warn_of_entry()
         if attn_weights is None:
-            layer._step(stage, query_states, LogitRule(query_states.shape[-1] ** -0.5))
+            layer.finish(stage, query_states, LogitRule(query_states.shape[-1] ** -0.5))
         elif attn_weights.shape[:2] != query_states.shape[:2]:
             raise ValueError(
                 f"cache_truncate: attn_weights must be [B, Hq, Q, columns] with B, Hq = "
@@ -272,18 +273,19 @@ class FixedSizeDynamicCache(BaseCache):
             layer.fold(attn_weights)
         held = layer.held()
         layer.last_returned = (weakref.ref(held[0]), weakref.ref(held[1]))
-        self._free_memory(layer_idx, stage.queries)
+        if self.settings.free_memory:
+            self._free_memory(layer_idx, stage.queries)
         return held
 
     @property
-    def key_cache(self) -> HeldTensors:
+    def key_cache(self) -> legacy.HeldTensors:
         """The keys held, a sequence over the layers; the last entry is the sum of the evicted ones, if kept."""
-        return HeldTensors(self, 0)
+        return legacy.HeldTensors(self, 0)
 
     @property
-    def value_cache(self) -> HeldTensors:
+    def value_cache(self) -> legacy.HeldTensors:
         """The values held, as :attr:`key_cache`."""
-        return HeldTensors(self, 1)
+        return legacy.HeldTensors(self, 1)
 
     def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
         return self.key_cache[layer_idx], self.value_cache[layer_idx]
@@ -297,13 +299,13 @@ class FixedSizeDynamicCache(BaseCache):
 
     def get_held_tokens(self, layer_idx: int = 0) -> Tensor:
         """How many tokens each KV head of a layer holds, int64 ``[B, H]``."""
-        return (self._filled_layer(layer_idx).positions >= 0).sum(-1)
+        return (self._filled_layer(layer_idx).slots.tokens.positions >= 0).sum(-1)
 
     def get_positions(self, layer_idx: int = 0) -> Tensor:
         """Which tokens a layer holds, int32 ``[B, H, T]`` in the order of ``key_cache``: how many real tokens came
         before each in its row, -1 where padding left a slot empty."""
         layer = self._filled_layer(layer_idx)
-        return layer.positions[:, :, : layer.held_slots].clone()
+        return layer.slots.read(layer.tokens_held).positions.clone()
 
     def lost_attention(self, layer_idx: int = 0) -> Tensor:
         """The share of the last step's attention that went to evicted tokens, float32 ``[B, H]`` from 0 to 1.
@@ -319,7 +321,7 @@ class FixedSizeDynamicCache(BaseCache):
                 "lost_attention: the cache must keep the entry of the evicted tokens; got include_skipped=False; make "
                 "it with include_skipped=True"
             )
-        return self._filled_layer(layer_idx).lost.clone()
+        return self._filled_layer(layer_idx).slots.skipped.lost.clone()
 
     @property
     def nbytes(self) -> int:
@@ -331,7 +333,7 @@ class FixedSizeDynamicCache(BaseCache):
     def __repr__(self) -> str:
         own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
         size = self.settings.cache_size
-        if own and own[0]._columns is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return f"{type(self).__name__}(cache_size={size})"  # to ask the device would break the capture
         seen = own[0].get_seq_length() if own else 0
         return f"{type(self).__name__}({min(seen, size)} of {seen} tokens held, cache_size={size})"
@@ -352,7 +354,7 @@ class FixedSizeDynamicCache(BaseCache):
 
     def _free_memory(self, layer_idx: int, queries: int) -> None:
         """Once per forward, after the last layer's compaction, never in a decode step or while a graph is captured."""
-        if not self.settings.free_memory or queries == 1 or layer_idx != self.last_layer:
+        if queries == 1 or layer_idx != self.last_layer:
             return
         if self.layers[layer_idx].device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.empty_cache()

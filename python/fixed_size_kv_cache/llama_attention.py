@@ -10,15 +10,15 @@ the line that sets "eager" is not needed any more. ``enable(model)`` does the sa
 import types
 from typing import Any
 
-from . import _transformers  # noqa: F401  first: where there is none it says how to get it
+from .compat import require  # noqa: F401  first: where there is none it says how to get it
 
 # isort: split
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
-from ._compat import Cache
-from .attention import LogitRule
+from .compat.transformers import Cache
 from .dynamic_cache import FixedSizeDynamicCache, trained_positions
+from .layer.attention import LogitRule
 
 _stock_forward = LlamaAttention.forward
 

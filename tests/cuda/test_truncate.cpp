@@ -157,13 +157,31 @@ TEST_CASE("truncate: strides and alignment") {
     which.key_dim = which.value_dim = 16;
     which.scores = random_scores(which.rows() * which.tokens);
     for (const int64_t elements : {1, 2, 4}) {
-      TruncateCase unaligned = which, padded = which;
-      unaligned.unaligned_elements = elements;
-      padded.token_padding = elements;
-      check_with_plans(unaligned);
-      check_with_plans(padded);
+      // Each alone, so that it alone decides how wide an access may be.
+      for (int64_t TruncateCase::* const shifted :
+           {&TruncateCase::unaligned_elements, &TruncateCase::unaligned_out, &TruncateCase::token_padding,
+            &TruncateCase::head_padding, &TruncateCase::batch_padding}) {
+        TruncateCase unaligned = which;
+        unaligned.*shifted = elements;
+        check_with_plans(unaligned);
+      }
     }
     which.broadcast_tokens = true;
+    check_with_plans(which);
+  }
+}
+
+TEST_CASE("truncate: rows lie where the strides say") {
+  generate_order();
+  for (const bool has_skipped : {false, true}) {
+    TruncateCase which{.batch = 2, .heads = 3, .tokens = 40, .kept = 13, .has_skipped = has_skipped, .value_dim = 5};
+    which.score_padding = 7;
+    which.scores = random_scores(which.batch * which.score_batch_stride());
+    check_with_plans(which);
+    which.head_padding = 8;
+    which.batch_padding = 12;
+    check_with_plans(which);
+    which.tokens_before_heads = true;
     check_with_plans(which);
   }
 }

@@ -3,8 +3,8 @@
 
 import torch
 
-from fixed_size_kv_cache.layer import FixedSizeLayer
-from fixed_size_kv_cache.score_rule import eviction_scores
+from fixed_size_kv_cache.layer.layer import FixedSizeLayer
+from fixed_size_kv_cache.layer.score_rule import eviction_scores
 
 TIE = 1e-5  # relative
 
@@ -34,9 +34,9 @@ def assert_same_tokens_held(cache, other, row: int = 0) -> None:
 
 
 def _scores_by_position(layer: FixedSizeLayer, row: int) -> list[dict[int, float]]:
-    facts = {name: getattr(layer, name) for name in ("scores", "positions", "value_weights", "redundancy")}
-    scores = eviction_scores(**facts, seen=layer.seen, settings=layer.settings, group=layer.group)
+    tokens = layer.slots.tokens
+    scores = eviction_scores(tokens, layer.slots.seen, layer.settings, layer.group)
     return [
         {p: s for p, s in zip(positions, values, strict=True) if p >= 0}
-        for positions, values in zip(layer.positions[row].tolist(), scores[row].tolist(), strict=True)
+        for positions, values in zip(tokens.positions[row].tolist(), scores[row].tolist(), strict=True)
     ]

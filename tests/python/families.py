@@ -200,7 +200,7 @@ def verdict(name: str) -> str:
             both, cache = run(model, ids, mask)
             solo, _ = run(model, ids[:1, PADS:], mask[:1, PADS:])
         own = [layer for layer in cache.layers if isinstance(layer, FixedSizeLayer) and layer.is_initialized]
-        held = max((int((layer.positions >= 0).sum(-1).max()) for layer in own), default=0)
+        held = max((int((layer.slots.tokens.positions >= 0).sum(-1).max()) for layer in own), default=0)
         if held != CAPPED:
             return f"fails: {held} tokens held of {CAPPED}"
         if not pads_matter and not close(both[:1], solo):

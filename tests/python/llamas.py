@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
-from fixed_size_kv_cache.layer import FixedSizeLayer
+from fixed_size_kv_cache.layer.layer import FixedSizeLayer
 from fixed_size_kv_cache.llama_attention import forward
 
 GREEDY = dict(do_sample=False, return_dict_in_generate=True)
@@ -66,11 +66,12 @@ def new_cache(model, cache_size: int, **settings) -> FixedSizeDynamicCache:
 
 def held_positions(layer: FixedSizeLayer, row: int = 0) -> list[list[int]]:
     """The positions that each KV head of a row holds, ascending."""
-    return [sorted(p for p in head if p >= 0) for head in layer.positions[row].tolist()]
+    return [sorted(p for p in head if p >= 0) for head in layer.slots.tokens.positions[row].tolist()]
 
 
 def assert_held_within(cache: FixedSizeDynamicCache, cache_size: int) -> None:
     for layer in cache.layers:
-        assert (layer.positions >= 0).sum(-1).max() <= cache_size
-        assert torch.equal(layer.positions < 0, layer.scores == float("-inf"))
-        assert (layer.positions[:, :, -1] == -1).all()
+        tokens = layer.slots.tokens
+        assert (tokens.positions >= 0).sum(-1).max() <= cache_size
+        assert torch.equal(tokens.positions < 0, tokens.scores == float("-inf"))
+        assert (tokens.positions[:, :, -1] == -1).all()

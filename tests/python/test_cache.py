@@ -29,7 +29,7 @@ def test_from_legacy_cache_of_tuples():
     cache = FixedSizeDynamicCache.from_legacy_cache(((keys, keys), (keys, keys)))
     assert len(cache.layers) == 2 and cache.get_seq_length() == 10
     assert held_positions(cache.layers[1]) == [list(range(10))] * 2
-    assert cache.layers[0].scores[:, :, :10].eq(0).all()
+    assert cache.layers[0].slots.tokens.scores[:, :, :10].eq(0).all()
 
 
 def test_from_legacy_cache_of_tuples_cuts_at_once(monkeypatch):
@@ -163,7 +163,7 @@ def test_missing_weights_are_computed_from_queries_and_keys(boolean):
     mask = causal[None, None] if boolean else torch.where(causal, 0.0, float("-inf"))[None, None]
     caches[0].cache_truncate(0, query, keys, weights, mask)
     caches[1].cache_truncate(0, query, keys, None, mask)
-    torch.testing.assert_close(caches[0].layers[0].scores, caches[1].layers[0].scores)
+    torch.testing.assert_close(caches[0].layers[0].slots.tokens.scores, caches[1].layers[0].slots.tokens.scores)
 
 
 def test_key_cache_accepts_only_what_truncate_returned_and_hides_nothing():
@@ -266,9 +266,9 @@ def test_crop_of_a_padded_row_takes_back_its_real_tokens_only():
         cache = new_cache(model, 32)
         model(tokens(2, 10), attention_mask=mask, past_key_values=cache)
     layer = cache.layers[0]
-    assert layer.seen.tolist() == [8, 10]
+    assert layer.slots.seen.tolist() == [8, 10]
     layer.crop(-4)
-    assert layer.seen.tolist() == [6, 6]
+    assert layer.slots.seen.tolist() == [6, 6]
     assert held_positions(layer, 0)[0] == held_positions(layer, 1)[0] == list(range(6))
 
 

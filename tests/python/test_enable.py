@@ -16,7 +16,7 @@ if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import FixedSizeCacheConfig, FixedSizeDynamicCache, as_default, disable, enable
-from fixed_size_kv_cache.attention_interface import fsdc_attention
+from fixed_size_kv_cache.huggingface.attention_interface import fsdc_attention
 
 FEW = dict(max_new_tokens=20, **GREEDY)
 
@@ -90,7 +90,7 @@ def test_an_explicit_cache_wins():
         cache = new_cache(model, 16)
         assert cache_of(model, past_key_values=cache) is cache
     assert_held_within(cache, 16)
-    assert cache.layers[0].held_slots == 16
+    assert cache.layers[0].tokens_held == 16
 
 
 def test_an_empty_dynamic_cache_is_adopted_and_others_raise():
@@ -215,7 +215,7 @@ def test_long_prompts_come_in_chunks():
 
 
 def test_pipelines_and_compiled_modules_are_unwrapped():
-    from fixed_size_kv_cache.enabling import unwrap
+    from fixed_size_kv_cache.huggingface.enabling import unwrap
 
     model = tiny_llama()
     assert unwrap(torch.compile(model)) is model
@@ -291,6 +291,18 @@ def test_what_the_attention_does_not_know_is_refused():
     keys, values = cache.update(x[:, :4], x[:, :4], 0)
     with pytest.raises(RuntimeError, match=r"no dropout with a cache of fixed size; call model.eval\(\)"):
         fsdc_attention(module, x, keys, values, None, dropout=0.1)
+
+
+def test_a_second_attention_to_the_same_keys_is_refused():
+    """Keys that two layers share: the votes of the second would go to nobody, and it would attend to what is gone."""
+    module, x = tiny_llama().model.layers[0].self_attn, torch.randn(1, 8, 5, 8, dtype=torch.float64)
+    cache = FixedSizeDynamicCache(cache_size=4)
+    for _ in range(2):
+        keys, values = cache.update(x[:, :4], x[:, 4:], 0)
+        fsdc_attention(module, x, keys, values, None)
+        with pytest.raises(NotImplementedError, match=r"LlamaAttention: .*attends to them again.*call disable"):
+            fsdc_attention(module, x, keys, values, None)
+    assert cache.get_seq_length() == 10
 
 
 def test_queries_with_gradients_are_refused():

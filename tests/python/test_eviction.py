@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens FixedSizeDynamicCache keeps, and the entry of those it does not."""
 
+import itertools
 import warnings
 
 import pytest
 import torch
+from inputs import INF, NAN
 from llamas import feed, held_positions, new_cache, recipe, tiny_llama, tokens
-from steps import PLAIN, last_column, one_token, step
+from steps import PLAIN, attend, last_column, one_token, step
 
+from fixed_size_kv_cache import reference
 from fixed_size_kv_cache import settings as settings_module
-from fixed_size_kv_cache.attention import LogitRule, Skipped, attend_with_weights, products_of
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
-from fixed_size_kv_cache.layer import FixedSizeLayer
-from fixed_size_kv_cache.score_rule import eviction_scores, least, query_weights
+from fixed_size_kv_cache.layer import chunk, decode
+from fixed_size_kv_cache.layer.attention import LogitRule, Skipped, attend_with_weights, products_of
+from fixed_size_kv_cache.layer.new_tokens import Visibility
+from fixed_size_kv_cache.layer.score_rule import eviction_scores, least, query_weights
+from fixed_size_kv_cache.layer.slots import Tokens
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 
@@ -87,7 +92,9 @@ def test_the_score_rule():
     positions = torch.tensor([[[0, 1, 2, 3, 4, -1, 6]]], dtype=torch.int32)
     weights = torch.tensor([[[9.0, 2.0, 1.0, 5.0, 0.0, 1.0, 1.0]]])
     redundancy = torch.tensor([[[0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]]])
-    e = eviction_scores(scores, positions, weights, redundancy, torch.tensor([7]), settings, group=2)
+    facts = torch.stack([scores, weights, redundancy, torch.ones_like(scores)])  # [4, B, H, S]
+    held = Tokens(torch.zeros(1, 1, 7, 2), torch.zeros(1, 1, 7, 2), facts, positions)
+    e = eviction_scores(held, torch.tensor([7]), settings, group=2)
     assert e[0, 0, [0, 4, 5, 6]].tolist() == [inf, inf, -inf, inf]
     assert e[0, 0, 1].item() == pytest.approx(0.5 * 2 * 0.5) and e[0, 0, 2].item() == pytest.approx(0.5)
     assert e[0, 0, 3].isnan()
@@ -102,6 +109,19 @@ def test_the_score_rule():
 def test_equal_scores_go_by_position():
     e = torch.tensor([[[0.5, 0.0, -0.0, 0.5]]])
     assert least(e, torch.tensor([[[1, 9, 4, 2]]], dtype=torch.int32)).item() == 2
+
+
+def test_the_victim_is_the_least_by_the_order_of_the_operators():
+    """``least`` looks for one slot in another way than ``truncate`` sorts: every three scores in every order of age."""
+    scores = [0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, NAN, -NAN, INF, -INF]
+    cases = list(itertools.product(itertools.product(scores, repeat=3), itertools.permutations(range(3))))
+    eviction = torch.tensor([case for case, _ in cases])[:, None]  # [cases, 1, 3]
+    age = torch.tensor([order for _, order in cases], dtype=torch.int32)[:, None]
+    positions = age.masked_fill(eviction == -INF, -1)  # an empty slot has none, and of those the first goes
+    victims = least(eviction, positions).flatten().tolist()
+    ranks = reference.rank(eviction).flatten(1).tolist()
+    for case, rank, position, victim in zip(cases, ranks, positions.flatten(1).tolist(), victims, strict=True):
+        assert victim == min(range(3), key=lambda slot: (rank[slot], position[slot], slot)), case
 
 
 def test_query_weights_of_a_padded_row():
@@ -124,7 +144,7 @@ def test_redundancy_is_the_largest_cosine_with_a_newer_key():
         unit = torch.nn.functional.normalize(keys, dim=-1)
         cosine = (unit @ unit.mT).triu(1)  # row: the older token
         expected = cosine.amax(-1).clamp(min=0)
-        torch.testing.assert_close(cache.layers[0].redundancy[:, :, :300], expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(cache.layers[0].slots.tokens.redundancy[:, :, :300], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("settings", [{}, PLAIN, dict(include_skipped=True), dict(policy="random")])
@@ -137,9 +157,26 @@ def test_chunks_score_as_their_tokens_one_by_one(settings):
             feed(model, cache, ids, chunks)
     for other in caches[1:]:
         for layer, same in zip(caches[0].layers, other.layers, strict=True):
-            assert torch.equal(layer.positions, same.positions)
+            assert torch.equal(layer.slots.tokens.positions, same.slots.tokens.positions)
             for name in ("scores", "redundancy", "value_weights"):
-                torch.testing.assert_close(getattr(layer, name), getattr(same, name), rtol=1e-5, atol=1e-6)
+                mine, theirs = (getattr(x.slots.tokens, name) for x in (layer, same))
+                torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_chunk_of_several_blocks_decays_old_scores_once():
+    """Queries are worked off 128 at a time; however many blocks there are, the tokens go in the order of one by one."""
+    x = torch.randn(1, 8, 345, 4)
+    chunks, singles = (FixedSizeDynamicCache(cache_size=305, sink_tokens=0, recent_tokens=0) for _ in range(2))
+    assert chunks.settings.score_decay < 1
+    for part in x[:, :, :305].split([5, 300], dim=2):
+        attend(chunks, part)
+    for part in x[:, :, :305].split(1, dim=2):
+        attend(singles, part)
+    for i in range(305, 345):
+        for cache in (chunks, singles):
+            attend(cache, x[:, :, i : i + 1])
+        held, expected = (cache.get_positions(0).sort(-1).values for cache in (chunks, singles))
+        assert torch.equal(held, expected), i
 
 
 def test_decoding_evicts_as_a_sorted_list_would():
@@ -155,7 +192,7 @@ def test_decoding_evicts_as_a_sorted_list_would():
         layer = cache.layers[0]
         T = seen.shape[2] - 1
         weights = torch.rand(1, H, 1, T + 1)
-        slots = layer.positions[0, :, :T].tolist()
+        slots = layer.slots.tokens.positions[0, :, :T].tolist()
         cache.cache_truncate(0, torch.zeros(1, H, 1, D), seen, weights)
         for h in range(H):
             mass = {p: weights[0, h, 0, i] for i, p in enumerate(slots[h])}
@@ -176,6 +213,11 @@ def test_decoding_evicts_as_a_sorted_list_would():
             assert held_positions(layer)[h] == [t["position"] for t in lists[h]], (position, h)
 
 
+def attend_as_a_chunk(slots, settings, stage, query, rule):
+    visibility = Visibility(stage.held, 1, slots.read(stage.held).positions >= 0, stage.new)
+    return chunk.attend(slots, settings, stage, query, rule, visibility, slots.skipped)
+
+
 @pytest.mark.parametrize("include_skipped", [False, True])
 def test_decode_path_and_chunk_path_evict_the_same(include_skipped, monkeypatch):
     """One token at a time, with eviction at every step, by argmin and row write or by selection and gather."""
@@ -183,7 +225,7 @@ def test_decode_path_and_chunk_path_evict_the_same(include_skipped, monkeypatch)
     with recipe():
         decoded, selected = (new_cache(model, 16, include_skipped=include_skipped) for _ in range(2))
         logits = feed(model, decoded, ids)
-        monkeypatch.setattr(FixedSizeLayer, "_step_one", FixedSizeLayer._step_many)
+        monkeypatch.setattr(decode, "attend", attend_as_a_chunk)
         torch.testing.assert_close(feed(model, selected, ids), logits, rtol=1e-6, atol=1e-6)
     for layer, other in zip(decoded.layers, selected.layers, strict=True):
         for row in range(2):
@@ -192,13 +234,13 @@ def test_decode_path_and_chunk_path_evict_the_same(include_skipped, monkeypatch)
 
 def test_the_chunk_path_calls_truncate_and_the_decode_path_does_not(monkeypatch):
     calls = []
-    original = torch.ops.fsdc.truncate
+    original = chunk.truncate
 
     def counted(*args, **kwargs):
         calls.append(args[3])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(torch.ops.fsdc, "truncate", counted)
+    monkeypatch.setattr(chunk, "truncate", counted)
     cache = FixedSizeDynamicCache(cache_size=8)
     step(cache, torch.randn(1, 2, 20, 3), torch.randn(1, 2, 20, 3), torch.rand(1, 2, 20, 20))
     assert calls == [8]
@@ -220,7 +262,7 @@ def test_the_last_entry_is_the_literal_sum_of_what_was_evicted(chunks):
         assert held[0].shape[2] == min(start, 6)
     for tensors, all_of_them in zip(held, (keys, values), strict=True):
         torch.testing.assert_close(tensors.sum(2), all_of_them.sum(2))
-    assert cache.layers[0].skipped_count.tolist() == [[15, 15]]
+    assert cache.layers[0].slots.skipped.count.tolist() == [[15, 15]]
     assert torch.equal(cache.key_cache[0], held[0])
 
 
@@ -235,7 +277,9 @@ def test_one_evicted_token_is_attended_to_as_itself():
 
 
 def attention(query, keys, values, visible=None, skipped=None):
-    skipped = None if skipped is None else Skipped(*skipped)
+    if skipped is not None:
+        keys_sum, values_sum, count, mode = skipped
+        skipped = Skipped(keys_sum, values_sum, count, torch.zeros(count.shape), mode)
     rule = LogitRule(0.5)
     return attend_with_weights(query, products_of(query, keys, rule), values, visible, rule, skipped)
 
@@ -290,13 +334,13 @@ def test_likeness_is_the_same_in_one_step_and_in_many(dtype):
         single.attend(0, key, None, rule)
     chunk.update(keys, keys, 0)
     chunk.attend(0, keys, None, rule)
-    one, many = (cache.layers[0].redundancy[:, :, :30] for cache in (single, chunk))
+    one, many = (cache.layers[0].slots.tokens.redundancy[:, :, :30] for cache in (single, chunk))
     assert one.isfinite().all() and one.max() > 0.9
     torch.testing.assert_close(one, many, rtol=1e-5, atol=1e-6)
 
 
-def test_padding_does_not_see_the_entry_of_the_evicted():
-    """Nor is its share of attention counted, whatever the padding holds."""
+def test_the_attention_of_padding_to_the_entry_of_the_evicted_is_not_counted():
+    """Whatever the padding holds. In a decode step its output is zero."""
     tokens, rule = torch.randn(1, 1, 8, 4, generator=torch.Generator().manual_seed(0)), LogitRule(0.5)
     for queries in (3, 1):
         cache = FixedSizeDynamicCache(cache_size=4, include_skipped=True)
@@ -308,6 +352,6 @@ def test_padding_does_not_see_the_entry_of_the_evicted():
         valid[0, 0] = False
         cache.update(new, new, 0)
         output = cache.attend(0, new, valid, rule)
-        assert (output[:, :, 0] == 0).all()
+        assert (output == 0).all() if queries == 1 else output[:, :, 1:].isfinite().all()
         lost = cache.lost_attention(0)
         assert (lost == 0).all() if queries == 1 else ((lost > 0) & (lost < 1)).all()

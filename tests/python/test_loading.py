@@ -25,7 +25,8 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache import cli, loading
+from fixed_size_kv_cache.cli import app as cli
+from fixed_size_kv_cache.cli import load_model as loading
 from fixed_size_kv_cache.recall import MODEL
 
 PROMPT = "the code of maple is 47 ."  # 7 tokens
@@ -117,7 +118,7 @@ def test_a_cache_that_does_not_fit_in_memory(models):
 
 def test_bugs_are_not_hidden(models, monkeypatch):
     monkeypatch.setattr(loading, "one_line", None)
-    monkeypatch.setattr("fixed_size_kv_cache.generate.learned_positions", lambda model: [][0])
+    monkeypatch.setattr("fixed_size_kv_cache.cli.generate.learned_positions", lambda model: [][0])
     assert isinstance(run(models / "tied").exception, IndexError)
 
 

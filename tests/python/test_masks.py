@@ -4,8 +4,7 @@
 import pytest
 import torch
 
-from fixed_size_kv_cache import masks
-from fixed_size_kv_cache.masks import read_mask
+from fixed_size_kv_cache.layer.new_tokens import read_mask
 
 PADS = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)  # two rows of four new tokens
 CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril() & PADS[:, None, :]  # [2, 4, 4]; rows of padding see nothing
@@ -15,16 +14,18 @@ def test_none_says_that_all_are_real():
     assert read_mask(None, 2, 4, 0) == (None, None)
 
 
+@pytest.mark.parametrize("older", [1, 0])  # whatever a mask says about older tokens
 @pytest.mark.parametrize("S, to_come", [(0, 0), (3, 0), (3, 5)])
-def test_two_dimensions(S, to_come):
-    mask = torch.cat([torch.ones(2, S), PADS, torch.zeros(2, to_come)], dim=1).long()
+def test_two_dimensions(S, to_come, older):
+    mask = torch.cat([torch.full((2, S), older), PADS, torch.zeros(2, to_come)], dim=1).long()
     assert torch.equal(read_mask(mask, 2, 4, S).valid, PADS)
 
 
 @pytest.mark.parametrize("before, S", [(0, 0), (5, 5), (5, 90)], ids=["empty", "full width", "width of what is held"])
 @pytest.mark.parametrize("additive", [False, True])
-def test_four_dimensions(before, S, additive):
-    mask = torch.cat([torch.ones(2, 4, before, dtype=torch.bool), CAUSAL], dim=-1)[:, None]
+@pytest.mark.parametrize("older", [True, False])
+def test_four_dimensions(before, S, additive, older):
+    mask = torch.cat([torch.full((2, 4, before), older), CAUSAL], dim=-1)[:, None]
     if additive:
         mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     new = read_mask(mask, 2, 4, S)
@@ -38,11 +39,10 @@ def test_full_width_and_one_column_too_many():
     assert torch.equal(read_mask(mask[:, None], 2, 4, 5).valid, PADS)
 
 
-def test_rows_of_padding_that_were_shown_everything(monkeypatch):
+def test_rows_of_padding_that_were_shown_everything():
     """4.48 on CUDA."""
-    monkeypatch.setattr(masks, "SHOWS_PADDING_EVERYTHING", True)
     unmasked = torch.where(CAUSAL.any(-1, keepdim=True), CAUSAL, True)
-    assert torch.equal(read_mask(unmasked[:, None], 2, 4, 0).valid, PADS)
+    assert torch.equal(read_mask(unmasked[:, None], 2, 4, 0, shows_padding_everything=True).valid, PADS)
 
 
 def test_a_batch_of_one_stands_for_all_rows():

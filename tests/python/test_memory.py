@@ -16,7 +16,7 @@ if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import FixedSizeDynamicCache, enable
-from fixed_size_kv_cache.attention import LogitRule
+from fixed_size_kv_cache.layer.attention import LogitRule
 
 LENGTH, SIZE = 20_000, 64
 

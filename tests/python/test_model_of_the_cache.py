@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from fixed_size_kv_cache.attention import LogitRule
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
+from fixed_size_kv_cache.layer.attention import LogitRule
 
 H, G, D, SCALE, TIE = 2, 2, 4, 0.7, 1e-4
 
@@ -147,14 +147,15 @@ class CacheAgainstDictionaries(RuleBasedStateMachine):
         if not self.columns:
             return
         layer = self.cache.layers[0]
-        assert layer.seen.tolist() == [row.seen for row in self.rows]
+        slots = layer.slots.tokens
+        assert layer.slots.seen.tolist() == [row.seen for row in self.rows]
         for b, row in enumerate(self.rows):
             for h, held in enumerate(row.heads):
-                found = {p: i for i, p in enumerate(layer.positions[b, h].tolist()) if p >= 0}
+                found = {p: i for i, p in enumerate(slots.positions[b, h].tolist()) if p >= 0}
                 assert found.keys() == held.keys()
                 for p, i in found.items():
-                    assert math.isclose(layer.scores[b, h, i].item(), held[p].score, rel_tol=TIE, abs_tol=TIE)
-                    assert math.isclose(layer.redundancy[b, h, i].item(), held[p].redundancy, rel_tol=TIE, abs_tol=TIE)
+                    assert math.isclose(slots.scores[b, h, i].item(), held[p].score, rel_tol=TIE, abs_tol=TIE)
+                    assert math.isclose(slots.redundancy[b, h, i].item(), held[p].redundancy, rel_tol=TIE, abs_tol=TIE)
                     assert torch.equal(layer.keys[b, h, i], held[p].key)
                     assert torch.equal(layer.values[b, h, i], held[p].value)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fixed_size_kv_cache
-from fixed_size_kv_cache._load import BUILD
+from fixed_size_kv_cache.operators.load import BUILD
 
 triton = pytest.importorskip("triton", reason="there is no triton, whose cuobjdump reads the kernels")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -9,7 +9,7 @@ import torch
 from llamas import tiny_llama
 
 import fixed_size_kv_cache
-from fixed_size_kv_cache import _versions
+from fixed_size_kv_cache.compat import versions as _versions
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 

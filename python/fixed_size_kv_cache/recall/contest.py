@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from .._compat import CACHE_NAME
+from ..compat.transformers import CACHE_NAME
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..llama_attention import bind
 from . import MODEL, language
@@ -116,7 +116,7 @@ class Race:
     read: int = 0
     asked: int = 0
 
-    def facts(self) -> dict:
+    def figures(self) -> dict:
         """What ``--json`` says of it."""
         return {
             "task": self.task,

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``enable(model)``: attention and generate() of Hugging Face transformers."""

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where generate() of transformers makes its cache: the place at which an enabled model gets one of ours.
+
+Importing puts one hook after ``GenerationMixin._prepare_cache_for_generation``, which does nothing for models that are
+neither enabled nor of the attention implementation "fsdc", and one around each way to generate, for our caches only.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .. import legacy
+from ..compat.capability import check_made_for, rotates_by_length, text_config
+from ..compat.transformers import (
+    CACHE_NAME,
+    CHUNKS_FORGET_EARLIER_TURNS,
+    CHUNKS_FORGET_PADDING,
+    CHUNKS_FORGET_STATE,
+    DynamicCache,
+    is_assisted,
+    prompt_length,
+)
+from ..dynamic_cache import FixedSizeDynamicCache
+from ..settings import CACHE_SIZE, FixedSizeCacheConfig
+from .assisted import skip_what_was_read
+from .attention_interface import NAME
+from .handed_over import Given, cache_of
+
+MARK = "_fixed_size_cache"  # the attribute of an enabled model; no parameter and no buffer, so it is not saved
+REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
+TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids", CACHE_NAME}
+
+
+class Default:
+    """What as_default has set: a function that enables a model, or nothing."""
+
+    enable: Callable[[Any], Any] | None = None
+
+
+DEFAULT = Default()
+
+
+def enabled(model: Any) -> Any:
+    """The handle of an enabled model, None for others."""
+    return vars(model).get(MARK)
+
+
+def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
+    """After transformers has made a cache, or taken the user's: what an enabled model goes on with."""
+    cache = model_kwargs.get(CACHE_NAME)
+    use_cache = model_kwargs.get("use_cache")
+    use_cache = generation_config.use_cache if use_cache is None else use_cache
+    if cache is None:
+        if use_cache:
+            raise NotImplementedError(
+                f"generate: transformers must make the cache; it makes none for {type(model).__name__}, which has "
+                "one of its own; call disable(model)"
+            )
+        return
+    if generation_config.guidance_scale not in (None, 1):
+        raise NotImplementedError(
+            f'generate: guidance_scale must be 1 with "{NAME}" attention; got {generation_config.guidance_scale}, '
+            "which runs the model on a second cache that generate() does not make; call disable(model)"
+        )
+    if isinstance(cache, FixedSizeDynamicCache):
+        if use_cache is False:
+            raise ValueError("generate: use_cache must be True with a FixedSizeDynamicCache; got False; leave one away")
+        check_made_for(cache, model.config)
+    elif type(cache) is not DynamicCache:
+        asked_for = generation_config.cache_implementation
+        remedy = REMEDY if asked_for is None else f"leave cache_implementation={asked_for!r} away"
+        raise TypeError(
+            f'generate: the cache of a model with "{NAME}" attention must be a FixedSizeDynamicCache or an empty '
+            f"DynamicCache; got a {type(cache).__name__}; {remedy}, or call disable(model)"
+        )
+    else:
+        legacy.adopt_empty(cache, FixedSizeDynamicCache(config=model.config, settings=_settings(model)))
+    assisted = is_assisted(generation_config, arguments)
+    if assisted:
+        cache.activate_past_recording()
+    else:
+        cache.stop_past_recording()
+    cache.allow_compilation(generation_config.compile_config is not None)
+    _choose_chunks(model, generation_config, model_kwargs, assisted)
+
+
+def _settings(model: Any) -> FixedSizeCacheConfig:
+    """Of an enabled model, or from the environment where only the attention was set."""
+    handle = enabled(model)
+    if handle is not None:
+        return handle.settings
+    if CACHE_SIZE not in os.environ:
+        raise RuntimeError(
+            f'generate: a model with attn_implementation="{NAME}" must be told the size of its cache; call '
+            f"enable(model, cache_size=...), set {CACHE_SIZE}, or pass past_key_values=FixedSizeDynamicCache("
+            "config=model.config, cache_size=...)"
+        )
+    return FixedSizeCacheConfig()
+
+
+def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assisted: bool) -> None:
+    """Sets the chunks that the prompt is read in, in this call's own copy of the config."""
+    mask, seen = model_kwargs.get("attention_mask"), model_kwargs[CACHE_NAME].get_seq_length()
+    naive = (CHUNKS_FORGET_EARLIER_TURNS and seen > 0) or (
+        CHUNKS_FORGET_PADDING and mask is not None and not bool(mask.all())
+    )
+    if generation_config.prefill_chunk_size is not None:
+        if naive:
+            raise ValueError(
+                "generate: prefill_chunk_size must be None on this version of transformers with padding or tokens of "
+                f"an earlier turn, which it would read wrongly; got {generation_config.prefill_chunk_size}; update "
+                "transformers"
+            )
+        return
+    handle, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
+    chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
+    forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
+    if (
+        forgets
+        or rotates_by_length(model.config)
+        or assisted
+        or not _is_text_only(model_kwargs)
+        or generation_config.compile_config is not None
+    ):
+        return  # in one piece
+    if prompt_length(generation_config, model_kwargs) > chunk and not _processes_meet_in(model):
+        generation_config.prefill_chunk_size = chunk
+
+
+def _processes_meet_in(model: Any) -> bool:
+    """Whether each forward gathers weights from other processes (FSDP, ZeRO-3): then all must run equally many, and
+    prompts of different lengths would have different numbers of chunks."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    is_sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return torch.distributed.get_world_size() > 1 and (is_sharded or is_deepspeed_zero3_enabled())
+
+
+def _is_text_only(model_kwargs: dict) -> bool:
+    """Whether nothing but tokens came. Images, in whatever form, may see each other across the edge of a chunk."""
+    others = [value for name, value in model_kwargs.items() if name not in TEXT_INPUTS]
+    return not any(isinstance(x, Tensor) or (x and not isinstance(x, (bool, int, float, str))) for x in others)
+
+
+def _install() -> None:
+    original = GenerationMixin._prepare_cache_for_generation
+
+    @functools.wraps(original)
+    def prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
+        if DEFAULT.enable is not None and enabled(self) is None:
+            DEFAULT.enable(self)
+        result = original(self, generation_config, model_kwargs, *args, **kwargs)
+        if enabled(self) is not None or text_config(self.config)._attn_implementation == NAME:
+            _prepare(self, generation_config, model_kwargs, (*args, *kwargs.values()))
+        return result
+
+    GenerationMixin._prepare_cache_for_generation = prepare_cache_for_generation
+
+    for name in ("_sample", "_beam_search", "_assisted_decoding"):
+        setattr(GenerationMixin, name, _with_history(getattr(GenerationMixin, name)))
+
+
+def _with_history(original: Callable) -> Callable:
+    """Of a way to generate: what it is handed is checked against our cache before the first token, and remembered."""
+
+    @functools.wraps(original)
+    def generate(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_of(kwargs)
+        if cache is None:
+            return original(self, input_ids, *args, **kwargs)
+        given = Given(cache, input_ids, kwargs["generation_config"], kwargs)
+        with skip_what_was_read(self, given) if is_assisted_loop else contextlib.nullcontext():
+            result = original(self, input_ids, *args, **kwargs)
+        given.remember(result if isinstance(result, Tensor) else result.sequences)
+        return result
+
+    is_assisted_loop = original.__name__ == "_assisted_decoding"
+    return generate
+
+
+_install()

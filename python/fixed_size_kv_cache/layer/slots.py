@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slots of one layer: buffers, and nothing of when or why a token moves."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..settings import FixedSizeCacheConfig
+from .attention import Skipped
+from .protected_spans import spans_as_tensor
+
+SCORES, VALUE_WEIGHTS, REDUNDANCY, KEY_SCALES = range(4)  # the planes of ``facts``, as in kernels/decode_attention.h
+FACTS = 4
+
+
+class Tokens(NamedTuple):
+    """Tokens, and what is known of each."""
+
+    keys: Tensor  # [B, H, S, D]
+    values: Tensor  # [B, H, S, Dv]
+    facts: Tensor  # float32 [4, B, H, S]: scores, value weights, redundancy, key scales (1 over the norm of the key)
+    positions: Tensor  # int32 [B, H, S]: real tokens before it in its row; -1: no token
+
+    @property
+    def scores(self) -> Tensor:
+        return self.facts[SCORES]
+
+    @property
+    def value_weights(self) -> Tensor:
+        return self.facts[VALUE_WEIGHTS]
+
+    @property
+    def redundancy(self) -> Tensor:
+        return self.facts[REDUNDANCY]
+
+    @property
+    def key_scales(self) -> Tensor:
+        return self.facts[KEY_SCALES]
+
+
+class Slots:
+    """``N = settings.slots`` slots for each KV head, and one more for the new token of a step.
+
+    An empty slot has position -1 and score -inf; what else it holds means nothing. Between steps slot ``N`` is empty.
+    No buffer moves in memory while the batch stays.
+
+    Attributes:
+        tokens: the buffers, :class:`Tokens` of ``N + 1`` slots.
+        seen: int32 ``[B]``, real tokens seen of each row.
+        columns: int64, tokens seen with padding, for compiled steps: S on the device.
+        skipped: the entry of the evicted tokens, None where it is not asked for.
+        spans: int32 ``[B, spans, 2]``, positions that are never evicted; None for none.
+        is_ordered: whether slots are in token order.
+        may_have_holes: whether padding came, so that slots in use may be empty.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, settings: FixedSizeCacheConfig, protected_spans: list) -> None:
+        B, H, _, D = keys.shape
+        N, Dv, device = settings.slots, values.shape[3], keys.device
+        wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        self._protected_spans = protected_spans
+        self._like = _kind(keys, values)
+        with torch.inference_mode(False):  # or they could not be written to outside of it
+            self.tokens = Tokens(
+                torch.zeros(B, H, N + 1, D, dtype=keys.dtype, device=device),
+                torch.zeros(B, H, N + 1, Dv, dtype=keys.dtype, device=device),
+                torch.zeros(FACTS, B, H, N + 1, dtype=torch.float32, device=device),
+                torch.empty(B, H, N + 1, dtype=torch.int32, device=device),
+            )
+            self.seen = torch.zeros(B, dtype=torch.int32, device=device)
+            self.columns = torch.zeros((), dtype=torch.int64, device=device)
+            self.skipped = None
+            if settings.include_skipped:
+                self.skipped = Skipped(
+                    torch.zeros(B, H, D, dtype=wide, device=device),
+                    torch.zeros(B, H, Dv, dtype=wide, device=device),
+                    torch.zeros(B, H, dtype=torch.int32, device=device),
+                    torch.zeros(B, H, dtype=torch.float32, device=device),
+                    settings.skipped_mode,
+                )
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all tokens and keeps the buffers."""
+        self.empty(0)
+        self.seen.zero_()
+        self.columns.zero_()
+        if self.skipped is not None:
+            for total in self.skipped[:-1]:
+                total.zero_()
+        with torch.inference_mode(False):
+            self.spans = spans_as_tensor(self._protected_spans, self.seen.shape[0], self.seen.device)
+        self.is_ordered = True
+        self.may_have_holes = False
+
+    def fits(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether tokens have the batch, heads, dimensions, type and device of the buffers."""
+        return _kind(keys, values) == self._like
+
+    # ---- tokens ------------------------------------------------------------------------------------------------------
+
+    def read(self, count: int) -> Tokens:
+        """The first ``count`` slots, as views."""
+        if count == self.tokens.positions.shape[2]:
+            return self.tokens
+        keys, values, facts, positions = self.tokens
+        return Tokens(keys[:, :, :count], values[:, :, :count], facts[..., :count], positions[..., :count])
+
+    def write(self, start: int, tokens: Tokens) -> None:
+        """Puts tokens into the slots from ``start`` on."""
+        slots = slice(start, start + tokens.positions.shape[2])
+        keys, values, facts, positions = self.tokens
+        keys[:, :, slots] = tokens.keys
+        values[:, :, slots] = tokens.values
+        facts[..., slots] = tokens.facts
+        positions[..., slots] = tokens.positions
+
+    def put_behind(self, count: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the key and value of one token ``[B, H, 1, D]`` into slot ``count``, of which nothing else is known yet,
+        and returns the first ``count + 1`` keys and values as views."""
+        tokens, after = self.tokens, count + 1
+        if after == tokens.positions.shape[2]:
+            all_keys, all_values = tokens.keys, tokens.values
+        else:
+            all_keys, all_values = tokens.keys[:, :, :after], tokens.values[:, :, :after]
+        all_keys[:, :, count:] = keys
+        all_values[:, :, count:] = values
+        return all_keys, all_values
+
+    def overwrite(self, victim: Tensor, token: Tokens) -> Tokens:
+        """Puts one token into slot ``victim`` ``[B, H, 1]`` of each KV head, and returns what was there."""
+        keys, values, facts, positions = self.tokens
+        of_keys, of_values = (victim[..., None].expand_as(x) for x in (token.keys, token.values))
+        of_facts = victim.expand_as(token.facts)
+        evicted = Tokens(
+            keys.gather(2, of_keys),
+            values.gather(2, of_values),
+            facts.gather(3, of_facts),
+            positions.gather(2, victim),
+        )
+        keys.scatter_(2, of_keys, token.keys)
+        values.scatter_(2, of_values, token.values)
+        facts.scatter_(3, of_facts, token.facts)
+        positions.scatter_(2, victim, token.positions)
+        self.is_ordered = False
+        return evicted
+
+    def empty(self, start: int, stop: int | None = None) -> None:
+        """Empties slots ``[start, stop)``."""
+        self.tokens.positions[..., start:stop] = -1
+        self.tokens.scores[..., start:stop] = -math.inf
+
+    def crop(self, S: int, left: int) -> None:
+        """Takes back all but the first ``left`` of ``S`` tokens seen, none of which was evicted."""
+        removed = self.read(S).positions[:, 0, left:]
+        self.seen -= (removed >= 0).sum(-1, dtype=torch.int32)
+        self.empty(left)
+        self.columns.fill_(left)
+
+    def order(self, count: int) -> Tokens:
+        """Puts the first ``count`` slots into token order, empty ones first, and returns them as views."""
+        held = self.read(count)
+        if not self.is_ordered:
+            self.write(0, take(held, held.positions.argsort(dim=-1, stable=True)))
+            self.is_ordered = True
+        return held
+
+    def has_holes(self, count: int) -> bool:
+        """Whether padding left some of the first ``count`` slots empty. Waits for the device."""
+        return self.may_have_holes and bool((self.read(count).positions < 0).any())
+
+    # ---- whole rows --------------------------------------------------------------------------------------------------
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Goes on with these rows of the batch, ``[rows]`` int64, in place where their number stays."""
+        with torch.inference_mode(False):
+            keys, values, facts, positions = self.tokens
+            self.tokens = Tokens(
+                _select(keys, rows), _select(values, rows), _select(facts, rows, dim=1), _select(positions, rows)
+            )
+            self.seen = _select(self.seen, rows)
+            self._like = _kind(self.tokens.keys, self.tokens.values)
+            if self.spans is not None:
+                self.spans = _select(self.spans, rows)
+            if self.skipped is not None:
+                self.skipped = Skipped(*(_select(x, rows) for x in self.skipped[:-1]), self.skipped.mode)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All buffers."""
+        of_skipped = [] if self.skipped is None else self.skipped[:-1]
+        more = [] if self.spans is None else [self.spans]
+        return [*self.tokens, self.seen, self.columns, *of_skipped, *more]
+
+
+def take(tokens: Tokens, indices: Tensor) -> Tokens:
+    """The tokens at ``indices`` ``[B, H, K]``, copied."""
+    keys, values = (x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[3])) for x in tokens[:2])
+    facts = tokens.facts.gather(3, indices.expand(FACTS, -1, -1, -1))
+    return Tokens(keys, values, facts, tokens.positions.gather(2, indices))
+
+
+def _kind(keys: Tensor, values: Tensor) -> tuple:
+    B, H, _, D = keys.shape
+    return B, H, D, values.shape[:2], values.shape[3], keys.dtype, values.dtype, keys.device, values.device
+
+
+def _select(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:
+    selected = x.index_select(dim, rows)
+    return x.copy_(selected) if selected.shape == x.shape else selected
