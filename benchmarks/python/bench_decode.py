@@ -4,8 +4,8 @@
 python benchmarks/python/bench_decode.py [--json FILE] [--only TEXT] [--seconds S] [--flex]
 
 Contenders take turns, each with keys and values of its own, so that none finds in a cache what another has read: so it
-is with the layers of a model. Only the original's step in Python gives scores and evicts, as decode_attention_ does; the
-others just attend. "read floor" is a sum over the bytes of keys and values. Exits with 1 where a goal is missed.
+is with the layers of a model. Only the original's step gives scores and evicts, as decode_attention_ does; the others
+just attend. "read floor" is a sum over the bytes of keys and values. Exits with 1 where a goal is missed.
 """
 
 import argparse
