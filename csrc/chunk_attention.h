@@ -37,12 +37,6 @@ struct ChunkArguments {
   int64_t heads() const { return head_layout.has_value() ? head_layout->size(0) : keys.size(1); }
 };
 
-inline void check_like_query(const char* op, const char* name, const Tensor& tensor, const Tensor& query) {
-  FSDC_CHECK(tensor.scalar_type() == query.scalar_type(), op, ": ", name, " must have the type of query, ",
-             to_text(query.scalar_type()), "; got ", to_text(tensor.scalar_type()));
-  check_contiguous_rows(op, name, tensor);
-}
-
 // Keys, values, facts and positions: [B, H, S, ...], or with a head_layout [B, rows, ...].
 inline void check_tokens_of_heads(const char* op, const ChunkArguments& a) {
   const bool flat = a.head_layout.has_value();

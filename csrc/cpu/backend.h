@@ -23,6 +23,7 @@ class CpuBackend {
 
   bool truncate_sums_weights(const TruncateParams&) const { return false; }
   void truncate(const TruncateParams& params) const { cpu::truncate(params, TorchThreads()); }
+  void decode_attention(const DecodeAttentionParams& params) const { cpu::decode_attention(params, TorchThreads()); }
   void accumulate_scores(const AccumulateScoresParams& params) const { cpu::accumulate_scores(params, TorchThreads()); }
   void chunk_attention(const ChunkAttentionParams& params) const { cpu::chunk_attention(params, TorchThreads()); }
 };

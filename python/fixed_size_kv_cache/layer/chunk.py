@@ -81,7 +81,7 @@ def add_column_sums_(
         )
         if to_entry is not None:
             votes = query_weights[:, None, None, start:stop, None] > 0
-            lost = (0.0 if lost is None else lost) + (to_entry * votes).sum((2, 3, 4))
+            lost = (0.0 if lost is None else lost) + torch.where(votes, to_entry, 0.0).sum((2, 3, 4))
     return lost
 
 

@@ -39,17 +39,33 @@ std::vector<int64_t> select(cpu::Isa isa, const std::vector<float>& scores, int6
 // Rows of one layer: keys count up, values down, so every element tells where it came from.
 struct Layer {
   int64_t batch, heads, tokens, head_dim, value_dim;
+  bool tokens_before_heads = false;  // [B, S, H, D], seen as [B, H, S, D]
+  int64_t score_head_stride = tokens + 2, score_batch_stride = heads * score_head_stride + 5;
   std::vector<float> keys, values, scores;
 
   Layer(int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t value_dim)
       : batch(batch), heads(heads), tokens(tokens), head_dim(head_dim), value_dim(value_dim) {
     keys.resize(batch * heads * tokens * head_dim);
     values.resize(batch * heads * tokens * value_dim);
-    scores.resize(batch * heads * tokens);
+    scores.resize(batch * score_batch_stride);
     for (size_t i = 0; i < keys.size(); ++i) keys[i] = float(i);
     for (size_t i = 0; i < values.size(); ++i) values[i] = -float(i);
     std::mt19937 generator(7);
     for (float& score : scores) score = std::generate_canonical<float, 24>(generator);
+  }
+
+  // How many tokens lie before this one.
+  int64_t place(int64_t row, int64_t token) const {
+    return tokens_before_heads ? (row / heads * tokens + token) * heads + row % heads : row * tokens + token;
+  }
+
+  TokenRows token_rows(const std::vector<float>& from, int64_t dim, std::vector<float>& to) const {
+    return {from.data(), heads * tokens * dim, place(1, 0) * dim, place(0, 1) * dim, dim, to.data()};
+  }
+
+  std::vector<float> scores_of(int64_t row) const {
+    const auto begin = scores.begin() + row / heads * score_batch_stride + row % heads * score_head_stride;
+    return {begin, begin + tokens};
   }
 };
 
@@ -63,9 +79,6 @@ Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::P
   const int64_t rows = layer.batch * layer.heads, entries = kept + has_skipped;
   Result out{std::vector<float>(rows * entries * layer.head_dim, kNaN),
              std::vector<float>(rows * entries * layer.value_dim, kNaN), std::vector<int64_t>(rows * entries, -7)};
-  auto token_rows = [&](const std::vector<float>& from, int64_t dim, std::vector<float>& to) {
-    return TokenRows{from.data(), layer.heads * layer.tokens * dim, layer.tokens * dim, dim, dim, to.data()};
-  };
   cpu::truncate({.batch = layer.batch,
                  .heads = layer.heads,
                  .tokens = layer.tokens,
@@ -73,10 +86,10 @@ Result truncate(const Layer& layer, int64_t kept, bool has_skipped, const cpu::P
                  .has_skipped = has_skipped,
                  .dtype = DType::kFloat32,
                  .scores = layer.scores.data(),
-                 .score_batch_stride = layer.heads * layer.tokens,
-                 .score_head_stride = layer.tokens,
-                 .keys = token_rows(layer.keys, layer.head_dim, out.keys),
-                 .values = token_rows(layer.values, layer.value_dim, out.values),
+                 .score_batch_stride = layer.score_batch_stride,
+                 .score_head_stride = layer.score_head_stride,
+                 .keys = layer.token_rows(layer.keys, layer.head_dim, out.keys),
+                 .values = layer.token_rows(layer.values, layer.value_dim, out.values),
                  .indices = out.indices.data()},
                 parallel, isa);
   return out;
@@ -161,15 +174,14 @@ TEST_CASE("a long row is shared among threads") {
       {0.0f, -0.0f, 1.0f}, {1.0f}, {kInf, kNaN, -kNaN, -kInf, 2.0f}, {kNaN}, {}};
   for (const std::vector<float>& alphabet : alphabets) {
     Layer layer{1, 2, kTokens, 1, 1};
-    for (int64_t i = 0; i < 2 * kTokens && !alphabet.empty(); ++i)
+    for (size_t i = 0; i < layer.scores.size() && !alphabet.empty(); ++i)
       layer.scores[i] = alphabet[i * 7919 % alphabet.size()];
     for (int64_t kept : {int64_t{0}, int64_t{1}, int64_t{1000}, kTokens / 3, kTokens - 1, kTokens}) {
       const Result out = truncate(layer, kept, false, test::Threads(3), isa);
       for (int64_t row = 0; row < 2; ++row) {
-        const auto scores = layer.scores.begin() + row * kTokens;
         const auto indices = out.indices.begin() + row * kept;
         CAPTURE(cpu::name_of(isa), alphabet, kept, row);
-        CHECK(std::vector(indices, indices + kept) == test::select({scores, scores + kTokens}, kept));
+        CHECK(std::vector(indices, indices + kept) == test::select(layer.scores_of(row), kept));
       }
     }
   }
@@ -177,16 +189,16 @@ TEST_CASE("a long row is shared among threads") {
 
 TEST_CASE("rows are copied whole and to their place") {
   const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
-  const Layer layer{2, 3, 70, 5, 9};
+  Layer layer(2, 3, 70, 5, 9);
+  layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69, 70);
   const Result out = truncate(layer, kept, false, cpu::Sequential(), isa);
   for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
-    const auto begin = layer.scores.begin() + row * layer.tokens;
-    const std::vector<int64_t> expected = test::select({begin, begin + layer.tokens}, kept);
+    const std::vector<int64_t> expected = test::select(layer.scores_of(row), kept);
     for (int64_t i = 0; i < kept; ++i) {
-      CAPTURE(cpu::name_of(isa), row, i);
+      CAPTURE(cpu::name_of(isa), layer.tokens_before_heads, row, i);
       REQUIRE(out.indices[row * kept + i] == expected[i]);
-      const int64_t token = row * layer.tokens + expected[i];
+      const int64_t token = layer.place(row, expected[i]);
       for (int64_t d = 0; d < layer.head_dim; ++d) {
         REQUIRE(out.keys[(row * kept + i) * layer.head_dim + d] == layer.keys[token * layer.head_dim + d]);
       }
@@ -220,7 +232,8 @@ TEST_CASE("what is written past the caches is the same") {
 
 TEST_CASE("the last entry is the sum of the skipped tokens") {
   const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
-  const Layer layer{2, 3, 70, 5, 9};
+  Layer layer(2, 3, 70, 5, GENERATE(9, 300));  // columns are summed 256 at a time
+  layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69);
   const Result out = truncate(layer, kept, true, cpu::Sequential(), isa);
   for (int64_t row = 0; row < layer.batch * layer.heads; ++row) {
@@ -230,7 +243,7 @@ TEST_CASE("the last entry is the sum of the skipped tokens") {
       double sum = 0;  // exact: these are whole numbers below 2^24
       for (int64_t token = 0; token < layer.tokens; ++token) {
         if (!std::binary_search(indices, indices + kept, token)) {
-          sum += layer.values[(row * layer.tokens + token) * layer.value_dim + d];
+          sum += layer.values[layer.place(row, token) * layer.value_dim + d];
         }
       }
       CAPTURE(cpu::name_of(isa), row, d);
