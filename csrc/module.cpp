@@ -36,5 +36,5 @@ PYBIND11_MODULE(_C, module) {
   module.def("use_cpu_isa", &fsdc::cpu::use_isa, "Chooses the instruction set, for tests; False where it is missing.");
   module.def(
       "cpu_isa", [] { return fsdc::cpu::name_of(fsdc::cpu::active_isa()); },
-      "Instruction set in use: 'avx512', 'avx2' or 'portable'.");
+      "Instruction set in use: 'amx', 'avx512', 'avx2' or 'portable'.");
 }
