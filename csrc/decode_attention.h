@@ -41,29 +41,6 @@ struct DecodeArguments {
   const std::optional<Tensor>& lost;
 };
 
-inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
-
-// `tensor` has the sizes [first..., the trailing sizes of `like` from `dim` on].
-inline void check_sizes(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
-                        const char* shape) {
-  const auto have = tensor.sizes();
-  bool same = have.size() == sizes.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = have[i] == sizes.begin()[i];
-  FSDC_CHECK(same, op, ": ", name, " must be ", shape, " = ",
-             to_text(IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())), "; got sizes ", to_text(have));
-}
-
-inline void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
-  FSDC_CHECK(tensor.scalar_type() == type, op, ": ", name, " must be ", to_text(type), "; got ",
-             to_text(tensor.scalar_type()));
-}
-
-inline void check_like_query(const char* op, const char* name, const Tensor& tensor, const Tensor& query) {
-  FSDC_CHECK(tensor.scalar_type() == query.scalar_type(), op, ": ", name, " must have the type of query, ",
-             to_text(query.scalar_type()), "; got ", to_text(tensor.scalar_type()));
-  check_contiguous_rows(op, name, tensor);
-}
-
 // The entry of the evicted tokens: all four tensors or none.
 inline void check_entry(const char* op, const DecodeArguments& a, int64_t batch, int64_t heads) {
   const bool given = a.skipped_keys.has_value();

@@ -93,4 +93,40 @@ inline at::Tensor decode_attention_(const at::Tensor& query, const at::Tensor& n
                  slots.skipped_mean);
 }
 
+// What chunk_attention_ takes beside query, keys and values; the schema's names and defaults (csrc/ops.cpp).
+struct ChunkAttentionOptions {
+  std::optional<at::Tensor> facts =
+      std::nullopt;  // [4, B, H, S] fp32: scores, norms of values, redundancy, 1 over norms of keys
+  std::optional<at::Tensor> positions = std::nullopt;
+  std::optional<at::Tensor> query_weights = std::nullopt;
+  std::optional<at::Tensor> carry = std::nullopt;
+  bool redundancy = false;
+  std::optional<at::Tensor> sees = std::nullopt;
+  std::optional<double> softcap = std::nullopt;
+  std::optional<at::Tensor> sinks = std::nullopt;
+  std::optional<at::Tensor> head_layout = std::nullopt;
+  std::optional<at::Tensor> skipped_keys = std::nullopt;
+  std::optional<at::Tensor> skipped_values = std::nullopt;
+  std::optional<at::Tensor> skipped_count = std::nullopt;
+  std::optional<at::Tensor> lost = std::nullopt;
+  bool skipped_mean = true;
+};
+
+// Attention [B, Hq, Q, Dv] of Q new tokens to the tokens held, which come first, and to each other; it is added to the
+// scores in `facts`, in place. On the CPU.
+//   query [B, Hq, Q, D]; keys, values [B, H, S, D], D may differ
+inline at::Tensor chunk_attention_(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                                   double scaling, const ChunkAttentionOptions& options = {}) {
+  using Optional = const std::optional<at::Tensor>&;
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, double, Optional, Optional,
+                               Optional, Optional, bool, Optional, std::optional<double>, Optional, Optional, Optional,
+                               Optional, Optional, Optional, bool);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fsdc::chunk_attention_", "").typed<Signature>();
+  return op.call(query, keys, values, scaling, options.facts, options.positions, options.query_weights, options.carry,
+                 options.redundancy, options.sees, options.softcap, options.sinks, options.head_layout,
+                 options.skipped_keys, options.skipped_values, options.skipped_count, options.lost,
+                 options.skipped_mean);
+}
+
 }  // namespace fsdc

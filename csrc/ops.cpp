@@ -23,4 +23,13 @@ STABLE_TORCH_LIBRARY(fsdc, m) {
       " float? softcap=None, Tensor? sinks=None, Tensor? valid=None, Tensor? protected=None, Tensor? head_layout=None,"
       " Tensor(f!)? skipped_keys=None, Tensor(g!)? skipped_values=None, Tensor(h!)? skipped_count=None,"
       " Tensor(i!)? lost=None, bool skipped_mean=True) -> Tensor output");
+
+  // Attention of many new tokens to the tokens held, [B, H, S, ...] with the new ones last, and to each other; it is
+  // added to the scores. With a head_layout of unequal heads [B, rows, ...].
+  m.def(
+      "chunk_attention_(Tensor query, Tensor keys, Tensor values, *, float scaling, Tensor(a!)? facts=None,"
+      " Tensor? positions=None, Tensor? query_weights=None, Tensor? carry=None, bool redundancy=False,"
+      " Tensor? sees=None, float? softcap=None, Tensor? sinks=None, Tensor? head_layout=None,"
+      " Tensor? skipped_keys=None, Tensor? skipped_values=None, Tensor? skipped_count=None, Tensor(b!)? lost=None,"
+      " bool skipped_mean=True) -> Tensor output");
 }

@@ -13,6 +13,8 @@ struct Argument {
   const Tensor* tensor;  // null: not given
 };
 
+inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
+
 struct ByteRange {
   uintptr_t begin = 0, end = 0;  // empty where there is nothing
 };

@@ -25,6 +25,7 @@ class CpuBackend {
   void truncate(const TruncateParams& params) const { cpu::truncate(params, TorchThreads()); }
   void decode_attention(const DecodeAttentionParams& params) const { cpu::decode_attention(params, TorchThreads()); }
   void accumulate_scores(const AccumulateScoresParams& params) const { cpu::accumulate_scores(params, TorchThreads()); }
+  void chunk_attention(const ChunkAttentionParams& params) const { cpu::chunk_attention(params, TorchThreads()); }
 };
 
 }  // namespace fsdc

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "kernels/accumulate_scores.h"
+#include "kernels/chunk_attention.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/decode_attention.h"
@@ -16,5 +17,7 @@ void truncate(const TruncateParams& params, const Parallel& parallel, Isa isa = 
 void accumulate_scores(const AccumulateScoresParams& params, const Parallel& parallel, Isa isa = active_isa());
 
 void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
+
+void chunk_attention(const ChunkAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
 
 }  // namespace fsdc::cpu

@@ -12,7 +12,7 @@ class Parallel {
  public:
   virtual ~Parallel() = default;
 
-  // How many threads run() has at most.
+  // How many threads run() has at most, and so how many ranges it calls its body on.
   virtual int64_t threads() const = 0;
 
   // Calls body(begin, end) on ranges that cover [0, n) once, perhaps at the same time. Below `grain` items per

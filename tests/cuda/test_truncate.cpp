@@ -172,7 +172,7 @@ TEST_CASE("truncate: strides and alignment") {
 }
 
 TEST_CASE("truncate: rows lie where the strides say") {
-  generate_order();
+  generate_order(orders());
   for (const bool has_skipped : {false, true}) {
     TruncateCase which{.batch = 2, .heads = 3, .tokens = 40, .kept = 13, .has_skipped = has_skipped, .value_dim = 5};
     which.score_padding = 7;

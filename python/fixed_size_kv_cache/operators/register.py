@@ -7,15 +7,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .checks import check_accumulate_scores, check_truncate
+from .checks import check_accumulate_scores, check_chunk_attention, check_truncate
 from .decode_checks import check_decode_attention
 from .load import BUILD
 
 truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
 decode_attention_ = torch.ops.fsdc.decode_attention_.default
-OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_")  # in the order of csrc/ops.cpp
-CPU_ONLY = ("decode_attention_",)
+chunk_attention_ = torch.ops.fsdc.chunk_attention_.default
+OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_", "chunk_attention_")  # in the order of csrc/ops.cpp
+CPU_ONLY = ("decode_attention_", "chunk_attention_")
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
@@ -43,6 +44,12 @@ def _(*args, **kwargs) -> Tensor:
     check_decode_attention(given)
     query, new_values = given["query"], given["new_values"]
     return query.new_empty((query.shape[0], query.shape[1], 1, new_values.shape[3]))
+
+
+@torch.library.register_fake("fsdc::chunk_attention_")
+def _(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, **options) -> Tensor:
+    check_chunk_attention(query, keys, values, **options)
+    return query.new_empty((*query.shape[:3], values.shape[-1]))
 
 
 def _by_name(operator, args: tuple, kwargs: dict) -> dict:
