@@ -81,7 +81,8 @@ class FixedSizeDynamicCache(BaseCache):
         self.record_past = False  # of layers that come later
         self.layer_class_to_replicate = None  # we append layers ourselves
         own = [i for i, layer in enumerate(self.layers) if isinstance(layer, FixedSizeLayer)]
-        self.last_layer = own[-1] if own else None
+        self.first_layer, self.last_layer = (own[0], own[-1]) if own else (0, None)
+        self.is_past_checked = False  # while generate() runs, which has looked at its mask at the start
         self.trained_positions = None if config is None else trained_positions(config)
 
     def update(
@@ -146,7 +147,7 @@ class FixedSizeDynamicCache(BaseCache):
         Args:
             layer_idx: the layer, for which ``update`` was called before.
             query_states: ``[B, Hq, Q, D]``.
-            attention_mask: the model's mask; only the columns of the new tokens are read.
+            attention_mask: the model's mask; only the columns of the new tokens are read, and it must not hide others.
             rule: what the model makes of ``q @ k``.
 
         Returns:
@@ -154,6 +155,7 @@ class FixedSizeDynamicCache(BaseCache):
 
         Raises:
             RuntimeError: where ``update`` was not called, and where a gradient would be needed.
+            ValueError: where the mask hides tokens that were read before.
         """
         HANDOFF.clear()
         if torch.is_grad_enabled() and query_states.requires_grad:
@@ -162,6 +164,8 @@ class FixedSizeDynamicCache(BaseCache):
                 "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
         layer = self._own_layer(layer_idx)
+        if attention_mask is not None and layer_idx == self.first_layer and not self.is_past_checked:
+            layer.check_past(attention_mask)
         with _without_autograd():
             output = layer.attend(query_states, attention_mask, rule)
         if self.settings.free_memory:

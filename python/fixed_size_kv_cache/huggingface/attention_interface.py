@@ -125,9 +125,9 @@ def fsdc_mask(
 ) -> Tensor | None:
     """What ``fsdc_attention`` gets as its mask.
 
-    For causal layers: which of the new tokens are padding, ``[B, Q]``, or None; what they see of the held tokens is
-    the cache's own knowledge. It is a copy, so that a compiled step always sees the same strides. For windows,
-    chunks and other patterns: the mask of transformers' sdpa, ``[B, 1, Q, columns]``.
+    For causal layers: which tokens are padding, ``[B, S + Q]``, or None; what the new ones see of the held ones is the
+    cache's own knowledge. For a compiled step of the new tokens only, ``[B, Q]``, a copy with the same strides in every
+    step. For windows, chunks and other patterns: the mask of transformers' sdpa, ``[B, 1, Q, columns]``.
     """
     if local_size is not None or mask_function is not causal_mask_function:
         if local_size is not None:
@@ -140,6 +140,8 @@ def fsdc_mask(
     end = kwargs["kv_length"] + kwargs["kv_offset"]  # tokens seen, with the new ones
     if isinstance(end, int):  # while a graph is compiled it is not, and the mask ends with the new tokens
         attention_mask = attention_mask[:, :end]  # one mask may come with every part of a text
+    if kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling():
+        return attention_mask
     Q = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]  # the latter up to 5.3
     # Not .contiguous(): one row of one token counts as contiguous with any stride.
     return attention_mask[:, -Q:].clone(memory_format=torch.contiguous_format)

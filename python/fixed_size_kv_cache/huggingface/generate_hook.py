@@ -178,8 +178,12 @@ def _with_history(original: Callable) -> Callable:
         if cache is None:
             return original(self, input_ids, *args, **kwargs)
         given = Given(cache, input_ids, kwargs["generation_config"], kwargs)
-        with skip_what_was_read(self, given) if is_assisted_loop else contextlib.nullcontext():
-            result = original(self, input_ids, *args, **kwargs)
+        cache.is_past_checked = True
+        try:
+            with skip_what_was_read(self, given) if is_assisted_loop else contextlib.nullcontext():
+                result = original(self, input_ids, *args, **kwargs)
+        finally:
+            cache.is_past_checked = False
         given.remember(result if isinstance(result, Tensor) else result.sequences)
         return result
 

@@ -13,7 +13,7 @@ from ..settings import FixedSizeCacheConfig
 from . import attention, chunk, decode
 from .attention import LogitRule
 from .history import History
-from .new_tokens import ALL_REAL, Stage, Visibility, read_mask
+from .new_tokens import ALL_REAL, Stage, Visibility, hides_the_past, read_mask
 from .protected_spans import read_spans
 from .recorded import Recorded
 from .slots import Slots
@@ -22,6 +22,10 @@ NO_REPORT = (
     "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. Call "
     "enable(model), use the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your "
     "attention; after an error inside a step call reset()"
+)
+HIDDEN = (
+    "attention_mask must show new tokens all {} that the cache has read, padding apart: what was read cannot be hidden "
+    "afterwards; give branches of a tree a copy of the cache each, and packed texts a row each"
 )
 
 
@@ -277,6 +281,24 @@ class FixedSizeLayer(DynamicLayer):
             return
         seen = None if torch.compiler.is_compiling() else self.tokens_seen
         stage.new = read_mask(mask, stage.keys.shape[0], stage.queries, seen, SHOWS_PADDING_EVERYTHING)
+
+    def check_past(self, mask: Tensor) -> None:
+        """Raises ValueError where the mask of a step hides tokens of earlier ones. A decode step on CUDA does not wait
+        for the answer, which is an assertion of the device."""
+        if torch.compiler.is_compiling():
+            return
+        stage, S, seen = self.stage_of("attend"), self.get_seq_length(), self.slots.seen
+        if self.recorded is not None:
+            valid = self.recorded.new.valid
+            seen = seen + (self.recorded.tokens if valid is None else valid.sum(-1, dtype=torch.int32))
+        new = read_mask(mask, stage.keys.shape[0], stage.queries, S, SHOWS_PADDING_EVERYTHING)
+        hides = hides_the_past(mask, new, stage.queries, S, seen)
+        if hides is None:
+            return
+        if stage.queries == 1 and hides.device.type == "cuda":
+            torch._assert_async(~hides, HIDDEN.format("tokens"))
+        elif hides:
+            raise ValueError(HIDDEN.format(f"{S} tokens"))
 
     def _visibility(self, stage: Stage) -> Visibility:
         """Who sees whom: slots, recorded tokens, new ones."""

@@ -90,6 +90,17 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None, shows_padding_
     return NewTokens(valid, sees)
 
 
+def hides_the_past(mask: Tensor, new: NewTokens, Q: int, S: int, seen: Tensor) -> Tensor | None:
+    """Whether a mask hides some of the ``seen`` ``[B]`` real tokens before the new ones from one that is no padding, or
+    shows padding: a bool on the device. None where the mask has no columns for them."""
+    if S == 0 or mask.shape[-1] < S + Q:
+        return None
+    old = mask[:, None, :S] if mask.dim() == 2 else mask[:, 0, -Q:, :S]
+    shown = (old == 0 if old.is_floating_point() and mask.dim() == 4 else old.bool()).sum(-1)  # [B, Q or 1]
+    wrong = shown != seen[:, None]
+    return (wrong if new.valid is None else wrong & new.valid).any()
+
+
 class Visibility(NamedTuple):
     """New queries and the ``T + Q`` columns before them, what is held first."""
 

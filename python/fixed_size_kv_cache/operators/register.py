@@ -15,6 +15,7 @@ truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
 decode_attention_ = torch.ops.fsdc.decode_attention_.default
 OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_")  # in the order of csrc/ops.cpp
+CPU_ONLY = ("decode_attention_",)
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
@@ -81,6 +82,11 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def _refuse_cuda(name: str, *args, **kwargs):
+    if name in CPU_ONLY:
+        raise RuntimeError(
+            f"{name}: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device; "
+            "move them with .cpu()"
+        )
     raise RuntimeError(
         f"{name}: tensors must be on the CPU, this build has no CUDA kernels; got tensors on a CUDA device; "
         "build again where nvcc is found (`fsdc info` shows what was built)"
@@ -95,5 +101,5 @@ for _name in OPERATORS:
         if argument.alias_info is not None and argument.alias_info.is_write
     )
     _library.impl(_name, functools.partial(_refuse_gradients, _operator, _written), "Autograd")
-    if BUILD["cuda"] is None:
+    if BUILD["cuda"] is None or _name in CPU_ONLY:
         _library.impl(_name, functools.partial(_refuse_cuda, _name), "CUDA")
