@@ -107,7 +107,13 @@ inline DType to_dtype(ScalarType type) {
   }
 }
 
+// Python's None comes as a tensor that is not defined.
+inline void check_given(const char* op, const char* name, const Tensor& tensor) {
+  FSDC_CHECK(tensor.defined(), op, ": ", name, " must be a tensor; got None");
+}
+
 inline void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank, const char* shape) {
+  check_given(op, name, tensor);
   FSDC_CHECK(tensor.dim() == rank, op, ": ", name, " must be ", shape, "; got sizes ", to_text(tensor.sizes()));
 }
 
@@ -131,6 +137,14 @@ inline void check_contiguous_rows(const char* op, const char* name, const Tensor
   const int64_t last = tensor.dim() - 1;
   FSDC_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, op, ": ", name,
              " must have a contiguous last dimension; got strides ", to_text(tensor.strides()), "; call .contiguous()");
+}
+
+// Torch's own tensors are; those of torch.frombuffer need not be.
+inline void check_aligned(const char* op, const char* name, const Tensor& tensor) {
+  const uintptr_t size = static_cast<uintptr_t>(tensor.element_size());
+  const uintptr_t beyond = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % size;
+  FSDC_CHECK(beyond == 0, op, ": ", name, " must lie at a multiple of ", size, " bytes, the size of its elements; got ",
+             beyond, " more; call .clone()");
 }
 
 inline void check_tokens(const char* op, const char* name, int64_t tokens) {

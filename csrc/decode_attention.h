@@ -41,11 +41,10 @@ struct DecodeArguments {
   const std::optional<Tensor>& lost;
 };
 
-inline const Tensor* pointer(const std::optional<Tensor>& tensor) { return tensor.has_value() ? &*tensor : nullptr; }
-
 // `tensor` has the sizes [first..., the trailing sizes of `like` from `dim` on].
 inline void check_sizes(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                         const char* shape) {
+  check_given(op, name, tensor);
   const auto have = tensor.sizes();
   bool same = have.size() == sizes.size();
   for (size_t i = 0; same && i < sizes.size(); ++i) same = have[i] == sizes.begin()[i];
