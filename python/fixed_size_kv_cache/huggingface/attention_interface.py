@@ -16,8 +16,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from ..compat.capability import has_window
 from ..layer.attention import LogitRule, attend_with_weights, products_of
 from ..layer.handoff import HANDOFF
+from .causes import why_foreign_cache
+from .marks import NAME
 
-NAME = "fsdc"
 UNKNOWN = ("position_bias", "indices", "block_indices", "cache")  # arguments of other attention that change its result
 
 
@@ -79,8 +80,7 @@ def _attend_elsewhere(
         if S != Q and is_causal:
             raise RuntimeError(
                 f"{type(module).__name__}: the cache must be a FixedSizeDynamicCache, others lose nothing and report "
-                f"nothing; got {S} keys for {Q} queries; call enable(model, cache_size=...), or pass "
-                "past_key_values=FixedSizeDynamicCache(config=model.config)"
+                f"nothing; got {S} keys for {Q} queries; {why_foreign_cache(module)}"
             )
         mask = (
             None if mask is None else _causal(mask, Q) if is_causal else mask.bool()[:, None, None].expand(-1, 1, Q, -1)

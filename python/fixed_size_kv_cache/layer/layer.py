@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, query_length
 from ..settings import FixedSizeCacheConfig
-from . import attention, chunk, decode
+from . import attention, chunk, decode, handoff
 from .attention import LogitRule
 from .history import History
 from .new_tokens import Stage, Visibility, hides_the_past, read_mask
@@ -19,9 +19,12 @@ from .recorded import Recorded
 from .slots import Slots
 
 NO_REPORT = (
-    "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. Call "
-    "enable(model), use the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your "
-    "attention; after an error inside a step call reset()"
+    "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. {}; "
+    "after an error inside a step call reset()"
+)
+CALL_ENABLE = (
+    "Call enable(model), use the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your "
+    "attention"
 )
 HIDDEN = (
     "attention_mask must show new tokens all {} that the cache has read, padding apart: what was read cannot be hidden "
@@ -169,7 +172,7 @@ class FixedSizeLayer(DynamicLayer):
         graph is compiled these are all slots, so that shapes stay; only our attention knows which of them are empty.
         """
         if self.staged is not None:
-            raise RuntimeError(NO_REPORT.format("update"))
+            raise RuntimeError(no_report("update"))
         self._make_room_for(key_states, value_states)
         if self.recorded is not None and not self.record_past:
             self.crop(0)
@@ -339,7 +342,7 @@ class FixedSizeLayer(DynamicLayer):
         until something is evicted, and what they have added to the scores of others stays.
         """
         if self.staged is not None:
-            raise RuntimeError(NO_REPORT.format("crop"))
+            raise RuntimeError(no_report("crop"))
         if not self.is_initialized:
             return
         remove = -count if count <= 0 else max(0, self.get_seq_length() - count)
@@ -408,7 +411,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def _select_rows(self, choose) -> None:
         if self.staged is not None:
-            raise RuntimeError(NO_REPORT.format("reorder"))
+            raise RuntimeError(no_report("reorder"))
         if self.slots is None:
             return
         rows = choose(torch.arange(self.slots.seen.shape[0], device=self.device))
@@ -435,6 +438,11 @@ class FixedSizeLayer(DynamicLayer):
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "last_returned"}
+
+
+def no_report(who: str) -> str:
+    """The cause where it is known, else what to do."""
+    return NO_REPORT.format(who, handoff.EXPLAIN() or CALL_ENABLE)
 
 
 def _refuse_assignment(name: str, tensor: Tensor | None) -> None:
