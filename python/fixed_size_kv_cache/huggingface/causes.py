@@ -40,6 +40,11 @@ def why_foreign_cache(module: Any) -> str:
     owners = enabled_with(config)
     if owners and not any(part is module for model in owners for part in model.modules()):
         return shared_config(owners[0])
+    if RUNNING.model is not None and RUNNING.cache is not None:
+        return (
+            "the model went on with another cache than generate() had made, as PEFT's prefix tuning does, whose "
+            "virtual tokens come in a stock one; call disable(model)"
+        )
     if RUNNING.model is not None and any(RUNNING.model is model for model in owners):
         return (
             f"{type(RUNNING.model).__name__} was enabled in the midst of this generate(), by another thread, and the "

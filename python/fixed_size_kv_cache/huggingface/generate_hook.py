@@ -74,8 +74,14 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
         legacy.adopt_empty(cache, FixedSizeDynamicCache(config=model.config, settings=_settings(model)))
     assisted = is_assisted(generation_config, arguments)
     if assisted:
+        if cache.keeps_recording:
+            raise ValueError(
+                "generate: assisted decoding takes tokens back itself, so what it adds cannot be taken back later; go "
+                "on from a copy of the cache, copy.deepcopy(cache), instead of activate_past_recording()"
+            )
         cache.activate_past_recording()
-    else:
+        cache.keeps_recording = False
+    elif not cache.keeps_recording:
         cache.stop_past_recording()
     cache.allow_compilation(generation_config.compile_config is not None)
     _choose_chunks(model, generation_config, model_kwargs, assisted)

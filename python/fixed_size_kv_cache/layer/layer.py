@@ -10,26 +10,14 @@ from torch import Tensor
 
 from ..compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, query_length
 from ..settings import FixedSizeCacheConfig
-from . import attention, chunk, decode, handoff
+from . import attention, chunk, decode
 from .attention import LogitRule
+from .checks import HIDDEN, check_weights, make_slots, no_report, refuse_assignment
 from .history import History
 from .new_tokens import Stage, Visibility, hides_the_past, read_mask
 from .protected_spans import read_spans
 from .recorded import Recorded
 from .slots import Slots
-
-NO_REPORT = (
-    "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. {}; "
-    "after an error inside a step call reset()"
-)
-CALL_ENABLE = (
-    "Call enable(model), use the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your "
-    "attention"
-)
-HIDDEN = (
-    "attention_mask must show new tokens all {} that the cache has read, padding apart: what was read cannot be hidden "
-    "afterwards; give branches of a tree a copy of the cache each, and packed texts a row each"
-)
 
 
 class FixedSizeLayer(DynamicLayer):
@@ -65,7 +53,7 @@ class FixedSizeLayer(DynamicLayer):
         """Makes the buffers for keys ``[B, H, ..., D]`` and values like these."""
         value_states = key_states if value_states is None else value_states
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.slots = Slots(key_states, value_states, self.settings, self.protected_spans)
+        self.slots = make_slots(key_states, value_states, self.settings, self.protected_spans)
         self.is_initialized = True
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
@@ -82,11 +70,11 @@ class FixedSizeLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, tensor: None) -> None:
-        _refuse_assignment("keys", tensor)
+        refuse_assignment("keys", tensor)
 
     @values.setter
     def values(self, tensor: None) -> None:
-        _refuse_assignment("values", tensor)
+        refuse_assignment("values", tensor)
 
     @property
     def tokens_seen(self) -> int:
@@ -192,14 +180,23 @@ class FixedSizeLayer(DynamicLayer):
     def _make_room_for(self, keys: Tensor, values: Tensor) -> None:
         if keys.shape[2] == 0:
             raise ValueError(f"update: there must be at least one new token; got keys of sizes {list(keys.shape)}")
-        if self.is_initialized and all(
-            new.shape[:2] == old.shape[:2]
-            and new.shape[3] == old.shape[3]
-            and new.dtype == old.dtype
-            and new.device == old.device
-            for new, old in zip((keys, values), self.slots.tokens, strict=False)
+        if (
+            self.is_initialized
+            and keys.shape[2] == values.shape[2]
+            and all(
+                new.shape[:2] == old.shape[:2]
+                and new.shape[3] == old.shape[3]
+                and new.dtype == old.dtype
+                and new.device == old.device
+                for new, old in zip((keys, values), self.slots.tokens, strict=False)
+            )
         ):
             return
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(
+                f"update: keys and values must be [B, H, Q, D] of the same B, H and Q; got sizes {list(keys.shape)} "
+                f"and {list(values.shape)}"
+            )
         if self.is_initialized and self.get_seq_length() != 0:
             raise ValueError(
                 f"update: new keys must be like those in the cache, {list(self.slots.tokens.keys.shape[:2])} of "
@@ -250,7 +247,7 @@ class FixedSizeLayer(DynamicLayer):
         (B, H), Q, columns = stage.keys.shape[:2], stage.queries, stage.all_keys.shape[2]
         if weights is None:
             weights = torch.zeros((), device=self.device).expand(B, H, Q, columns)
-        _check_weights(weights, B, H, Q, columns, self.device)
+        check_weights(weights, B, H, Q, columns, self.device)
         self.group = weights.shape[1] // H
         (decode if Q == 1 else chunk).fold(self.slots, self.settings, stage, weights)
         self._end(stage)
@@ -373,8 +370,8 @@ class FixedSizeLayer(DynamicLayer):
         if self.tokens_seen > self.settings.slots:
             raise RuntimeError(
                 f"crop: tokens can be taken back only until something is evicted, up to {self.settings.slots} tokens; "
-                f"got {self.tokens_seen} tokens seen; call activate_past_recording() before these tokens come, as "
-                "generate() of an enabled model does"
+                f"got {self.tokens_seen} tokens seen; call cache.activate_past_recording() before the tokens that are "
+                "to be taken back, or go on from a copy of the cache, copy.deepcopy(cache)"
             )
         if self.slots.may_have_holes and not self.slots.is_ordered:  # a compiled step has put tokens into holes
             raise RuntimeError(
@@ -438,26 +435,3 @@ class FixedSizeLayer(DynamicLayer):
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "last_returned"}
-
-
-def no_report(who: str) -> str:
-    """The cause where it is known, else what to do."""
-    return NO_REPORT.format(who, handoff.EXPLAIN() or CALL_ENABLE)
-
-
-def _refuse_assignment(name: str, tensor: Tensor | None) -> None:
-    if tensor is not None:  # transformers' own layers begin with None
-        raise AttributeError(f"FixedSizeLayer: {name} must not be assigned, the cache writes its slots itself")
-
-
-def _check_weights(weights: Tensor, B: int, H: int, Q: int, columns: int, device: torch.device) -> None:
-    if weights.dim() != 4 or weights.shape[0] != B or weights.shape[1] % H != 0 or weights.device != device:
-        raise ValueError(
-            f"attention weights must be [B, Hq, Q, columns] with B = {B} and a multiple of the {H} KV heads on "
-            f"{device}; got sizes {list(weights.shape)} on {weights.device}"
-        )
-    if weights.shape[2:] != (Q, columns):
-        raise ValueError(
-            f"attention weights must have the {Q} queries and {columns} columns of this step, as "
-            f"update() returned them; got sizes {list(weights.shape)}"
-        )
