@@ -95,7 +95,7 @@ def test_phi3_drops_its_cache_in_the_middle_of_a_text(own_cache, start):
     )  # fmt: skip
     model = transformers.Phi3ForCausalLM(config).eval().double()
     ids, options = tokens(1, start), dict(FEW, max_new_tokens=20)
-    expected = model.generate(ids, **options).sequences
+    expected = model.generate(ids, **options)
     for size in (200, 12):
         with enable(model, 200 if own_cache else size):
             given = dict(past_key_values=new_cache(model, size)) if own_cache else {}
@@ -103,9 +103,11 @@ def test_phi3_drops_its_cache_in_the_middle_of_a_text(own_cache, start):
         cache = out.past_key_values
         assert type(cache) is FixedSizeDynamicCache and cache.settings.cache_size == size
         assert_held_within(cache, size)
-        assert out.sequences.shape == (1, start + 20) and cache.get_seq_length() == start + 19
+        # transformers 5.17 reads one token of the text anew, and goes on from there
+        assert cache.get_seq_length() == expected.past_key_values.get_seq_length()
+        assert out.sequences.shape == (1, start + 20)
         if size == 200:
-            assert torch.equal(out.sequences, expected)
+            assert torch.equal(out.sequences, expected.sequences)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "windows"])
@@ -118,11 +120,12 @@ def test_models_with_nothing_to_cap_generate_as_before(kind):
         model = transformers.MistralForCausalLM(config).eval()
     options = dict(max_new_tokens=20, do_sample=False, pad_token_id=0)
     expected = model.generate(tokens(1, 20), **options)
-    try:
+    if kind == "mamba" and not model._supports_default_dynamic_cache():  # before transformers 5
+        with pytest.raises(NotImplementedError, match="transformers must make the cache; it makes none for Mamba"):
+            enable(model, 12)
+    else:
         with pytest.warns(UserWarning, match="nothing to cap"):
             enable(model, 12)
-    except NotImplementedError as error:  # transformers 4: its cache is one of its own
-        assert kind == "mamba" and "transformers must make the cache" in str(error)
     assert torch.equal(model.generate(tokens(1, 20), **options), expected)
     disable(model)
 
@@ -154,7 +157,7 @@ def test_prefix_tuning_of_peft():
     tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
     expected = tuned(input_ids=ids, labels=ids).loss
     with enable(tuned, 12):
-        assert tuned(input_ids=ids, labels=ids).loss == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(tuned(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=1e-5)
         with pytest.raises(RuntimeError, match=r"as PEFT's prefix tuning does.*call disable\(model\)|must be empty"):
             tuned.generate(input_ids=ids, **FEW)
 
