@@ -121,7 +121,7 @@ def test_the_victim_is_the_least_by_the_order_of_the_operators():
     victims = least(eviction, positions).flatten().tolist()
     ranks = reference.rank(eviction).flatten(1).tolist()
     for case, rank, position, victim in zip(cases, ranks, positions.flatten(1).tolist(), victims, strict=True):
-        assert victim == min(range(3), key=lambda slot: (rank[slot], position[slot], slot)), case  # noqa: B023
+        assert victim == min(range(3), key=lambda slot: (rank[slot], position[slot], slot)), case
 
 
 def test_query_weights_of_a_padded_row():
