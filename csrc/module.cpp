@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module fixed_size_kv_cache._C, and the only file that knows pybind11: facts about this build.
+// The Python module fixed_size_kv_cache._C, and the only file that knows pybind11: it tells about the build.
 // Importing it registers the operators of ops.cpp as torch.ops.fsdc; they are called through torch, not here.
 #undef TORCH_TARGET_VERSION  // the pybind11 of torch 2.11 refuses it, and nothing here uses torch
 #include <pybind11/pybind11.h>

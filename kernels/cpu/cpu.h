@@ -4,8 +4,10 @@
 #pragma once
 
 #include "kernels/accumulate_scores.h"
+#include "kernels/chunk_attention.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/parallel.h"
+#include "kernels/decode_attention.h"
 #include "kernels/truncate.h"
 
 namespace fsdc::cpu {
@@ -13,5 +15,9 @@ namespace fsdc::cpu {
 void truncate(const TruncateParams& params, const Parallel& parallel, Isa isa = active_isa());
 
 void accumulate_scores(const AccumulateScoresParams& params, const Parallel& parallel, Isa isa = active_isa());
+
+void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
+
+void chunk_attention(const ChunkAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
 
 }  // namespace fsdc::cpu

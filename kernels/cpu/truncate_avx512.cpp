@@ -5,7 +5,6 @@
 
 #include "kernels/cpu/loops_includes.h"
 #include "kernels/cpu/truncate.h"
-#include "kernels/score_order.h"
 
 FSDC_BEGIN_AVX512
 
@@ -15,14 +14,9 @@ namespace {
 
 using Codes = uint32_t __attribute__((vector_size(64)));
 
-// Bit i: codes[i] >= threshold.
-inline uint32_t at_least(Codes codes, uint32_t threshold) {
-  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(static_cast<int>(threshold)));
-}
-
-// Bit i: scores[i] is not less than `floor`; a NaN never is.
-inline uint32_t not_less(const float* scores, float floor) {
-  return _mm512_cmp_ps_mask(_mm512_loadu_ps(scores), _mm512_set1_ps(floor), _CMP_NLT_UQ);
+// Bit i: codes[i] >= least.
+inline uint32_t at_least(Codes codes, uint32_t least) {
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(codes), _mm512_set1_epi32(static_cast<int>(least)));
 }
 
 // Writes start + i for each set bit i of the mask, in order; returns the end of what it wrote. May write 16 more.
@@ -37,6 +31,22 @@ inline uint32_t* append_set_bits(uint64_t mask, uint32_t start, uint32_t* out) {
   }
   return out;
 }
+
+// Writes the codes that are at least `least` but less than `end`, in order; returns the end of what it wrote. May
+// write 16 more.
+inline uint32_t* append_between(Codes codes, uint32_t least, uint32_t end, uint32_t* out) {
+  const __m512i all = reinterpret_cast<__m512i>(codes);
+  const __mmask16 reach = _mm512_cmpge_epu32_mask(all, _mm512_set1_epi32(static_cast<int>(least)));
+  const __mmask16 between = _mm512_mask_cmplt_epu32_mask(reach, all, _mm512_set1_epi32(static_cast<int>(end)));
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(between, all));
+  return out + _mm_popcnt_u32(between);
+}
+
+// Stores a line of 64 bytes, aligned, past the caches.
+inline void stream_line(char* out, const char* source) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(source));
+}
+inline void end_streams() { _mm_sfence(); }
 
 }  // namespace
 

@@ -2,11 +2,13 @@
 #include <map>
 
 #include "device.h"
+#include "platform.cuh"
 
 namespace fsdc::cuda {
 namespace {
 
-// Compiled as all kernels are, so that it can be asked what for.
+// Stands for all kernels: compiled for the same devices, and with all shared memory it has a multiprocessor for itself,
+// as the largest of them have.
 __global__ void probe_kernel() {}
 
 cudaError_t ask(int number, Device& device) {
@@ -22,7 +24,11 @@ cudaError_t ask(int number, Device& device) {
   // A build for older devices runs on newer ones too, but its code knows no clusters.
   cudaFuncAttributes compiled{};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&compiled, probe_kernel);
-  device.has_clusters = compiled.ptxVersion >= 90 && value_of(cudaDevAttrClusterLaunch) != 0;
+  device.largest_cluster = 1;
+  if (error == cudaSuccess && compiled.ptxVersion >= 90 && value_of(cudaDevAttrClusterLaunch) != 0) {
+    const Grid grid{.blocks = 1, .threads = 1, .shared_bytes = static_cast<size_t>(device.shared_bytes_per_block)};
+    error = largest_cluster(probe_kernel, grid, device.largest_cluster);
+  }
   return error;
 }
 

@@ -12,7 +12,7 @@ struct Device {
   int64_t multiprocessors;
   int64_t shared_bytes_per_block;  // at most, when asked for
   int64_t shared_bytes_per_multiprocessor;
-  bool has_clusters;  // and the kernels were compiled for them
+  uint32_t largest_cluster;  // of blocks that have a multiprocessor each; 1 where there are no clusters
 };
 
 // The current one.

@@ -81,7 +81,8 @@ class FixedSizeDynamicCache(BaseCache):
         self.record_past = False  # of layers that come later
         self.layer_class_to_replicate = None  # we append layers ourselves
         own = [i for i, layer in enumerate(self.layers) if isinstance(layer, FixedSizeLayer)]
-        self.last_layer = own[-1] if own else None
+        self.first_layer, self.last_layer = (own[0], own[-1]) if own else (0, None)
+        self.is_past_checked = False  # while generate() runs, which has looked at its mask at the start
         self.trained_positions = None if config is None else trained_positions(config)
 
     def update(
@@ -113,20 +114,23 @@ class FixedSizeDynamicCache(BaseCache):
                 )
             value_states = value_states.to(key_states.dtype)
         if not torch.compiler.is_compiling():
-            self._check_columns(layer_idx, key_states.shape[2])
-            if layer_idx == self.last_layer:
-                self._check_positions(layer.get_seq_length() + key_states.shape[2])
+            if layer_idx > 0:
+                self._check_steps(layer_idx, key_states.shape[2])
+            if layer_idx == self.last_layer and self.trained_positions is not None:
+                self._check_positions(layer.tokens_seen + key_states.shape[2])
         with _without_autograd():
             keys, values = layer.update(key_states, value_states)
         HANDOFF.offer(self, layer_idx, keys)
         return keys, values
 
-    def _check_columns(self, layer_idx: int, Q: int) -> None:
+    def _check_steps(self, layer_idx: int, Q: int) -> None:
         """A forward that broke off between layers left some of them a step behind."""
-        first, layer = next(x for x in self.layers if isinstance(x, FixedSizeLayer)), self.layers[layer_idx]
+        first, layer = self.layers[0], self.layers[layer_idx]
+        if not isinstance(first, FixedSizeLayer):  # one of transformers' own
+            first = next(x for x in self.layers if isinstance(x, FixedSizeLayer))
         if layer is first or first.staged is not None:
             return
-        ahead, expected = first.get_seq_length(), layer.get_seq_length() + Q
+        ahead, expected = first.tokens_seen, layer.tokens_seen + Q
         if ahead and ahead != expected:
             raise RuntimeError(
                 f"update: layer {layer_idx} must have seen as many tokens as the layers before it, {ahead} with this "
@@ -134,7 +138,7 @@ class FixedSizeDynamicCache(BaseCache):
             )
 
     def _check_positions(self, seen: int) -> None:
-        if self.trained_positions is not None and seen > self.trained_positions:
+        if seen > self.trained_positions:
             _warn_of_positions(self.trained_positions)
 
     def attend(self, layer_idx: int, query_states: Tensor, attention_mask: Tensor | None, rule: LogitRule) -> Tensor:
@@ -143,7 +147,7 @@ class FixedSizeDynamicCache(BaseCache):
         Args:
             layer_idx: the layer, for which ``update`` was called before.
             query_states: ``[B, Hq, Q, D]``.
-            attention_mask: the model's mask; only the columns of the new tokens are read.
+            attention_mask: the model's mask; only the columns of the new tokens are read, and it must not hide others.
             rule: what the model makes of ``q @ k``.
 
         Returns:
@@ -151,6 +155,7 @@ class FixedSizeDynamicCache(BaseCache):
 
         Raises:
             RuntimeError: where ``update`` was not called, and where a gradient would be needed.
+            ValueError: where the mask hides tokens that were read before.
         """
         HANDOFF.clear()
         if torch.is_grad_enabled() and query_states.requires_grad:
@@ -159,9 +164,12 @@ class FixedSizeDynamicCache(BaseCache):
                 "torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
         layer = self._own_layer(layer_idx)
+        if attention_mask is not None and layer_idx == self.first_layer and not self.is_past_checked:
+            layer.check_past(attention_mask)
         with _without_autograd():
             output = layer.attend(query_states, attention_mask, rule)
-        self._free_memory(layer_idx, query_states.shape[2])
+        if self.settings.free_memory:
+            self._free_memory(layer_idx, query_states.shape[2])
         return output
 
     def activate_past_recording(self) -> None:
@@ -269,7 +277,8 @@ class FixedSizeDynamicCache(BaseCache):
             layer.fold(attn_weights)
         held = layer.held()
         layer.last_returned = (weakref.ref(held[0]), weakref.ref(held[1]))
-        self._free_memory(layer_idx, stage.queries)
+        if self.settings.free_memory:
+            self._free_memory(layer_idx, stage.queries)
         return held
 
     @property
@@ -349,7 +358,7 @@ class FixedSizeDynamicCache(BaseCache):
 
     def _free_memory(self, layer_idx: int, queries: int) -> None:
         """Once per forward, after the last layer's compaction, never in a decode step or while a graph is captured."""
-        if not self.settings.free_memory or queries == 1 or layer_idx != self.last_layer:
+        if queries == 1 or layer_idx != self.last_layer:
             return
         if self.layers[layer_idx].device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.empty_cache()

@@ -103,7 +103,7 @@ void check_accumulate(const AccumulateCase& which) {
 }  // namespace
 
 TEST_CASE("accumulate_scores: sizes and types") {
-  use_order(GENERATE(range(0, orders())));
+  use_order(GENERATE(range(0, all_orders())));
   const DType dtype = GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64);
   const int64_t tokens = GENERATE(0, 1, 255, 256, 257, 700);
   for (const int64_t group : {1, 3, 4, 9}) {
@@ -124,4 +124,13 @@ TEST_CASE("accumulate_scores: without query weights and carry, without queries, 
 TEST_CASE("accumulate_scores: more blocks than a grid may have are refused") {
   CHECK_THROWS(accumulate_scores(
       params_of({.batch = 1 << 16, .heads = 1 << 15, .tokens = 1}, nullptr, nullptr, nullptr, nullptr)));
+}
+
+TEST_CASE("accumulate_scores: addresses that no element can have are refused") {
+  alignas(8) char memory[16] = {}, *const there = memory + 2;
+  const AccumulateCase which{.batch = 1, .heads = 1, .group = 1, .queries = 1, .tokens = 1};
+  CHECK_THROWS(accumulate_scores(params_of(which, there, memory, memory, memory)));
+  CHECK_THROWS(accumulate_scores(params_of(which, memory, there, memory, memory)));
+  CHECK_THROWS(accumulate_scores(params_of(which, memory, memory, there, memory)));
+  CHECK_THROWS(accumulate_scores(params_of(which, memory, memory, memory, there)));
 }

@@ -155,6 +155,13 @@ inline TruncateParams params_of(const TruncateCase& which, const void* scores, T
           .indices = reinterpret_cast<int64_t*>(indices)};
 }
 
+// As far as plans look at it.
+inline TruncateParams shape_of(const TruncateCase& which) {
+  static const float kScore = 0;
+  const TokenRows keys{nullptr, 0, 0, 0, which.key_dim, nullptr}, values{nullptr, 0, 0, 0, which.value_dim, nullptr};
+  return params_of(which, which.weights.is_used ? nullptr : &kScore, keys, values, nullptr);
+}
+
 }  // namespace detail
 
 inline TruncateResult truncate_on_cpu(const TruncateCase& which) {

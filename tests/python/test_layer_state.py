@@ -145,11 +145,11 @@ def test_recorded_attention_sees_what_was_recorded():
         [attend(cache, x[:, :, 20:23]), attend(cache, x[:, :, 23:24]), attend(cache, x[:, :, 24:])], dim=2
     )
     torch.testing.assert_close(parts, attend(whole, x[:, :, 20:]), rtol=1e-12, atol=1e-12)
-    assert cache.layers[0].tokens_seen == 20 and cache.get_seq_length() == 30
+    assert cache.layers[0].tokens_folded == 20 and cache.get_seq_length() == 30
     assert cache.layers[0].get_mask_sizes(1) == (12 + 10 + 1, 8)
     cache.stop_past_recording()
     attend(cache, x[:, :, :1])  # what nobody took back is folded now
-    assert cache.layers[0].tokens_seen == 31 and held_positions(cache.layers[0])[0][-1] == 30
+    assert cache.layers[0].tokens_folded == 31 and held_positions(cache.layers[0])[0][-1] == 30
 
 
 ROWS = {
@@ -275,12 +275,12 @@ def test_the_config_is_frozen_and_says_what_was_chosen():
     "rule", [RULE, LogitRule(0.5, softcap=2.0), LogitRule(0.5, sinks=torch.tensor([0.3, -1, 2, 0.0]))]
 )
 def test_output_and_votes_in_blocks_are_those_of_one_matrix(rule, padded):
-    """More queries than two blocks, against attention written out."""
+    """More queries than two blocks, against attention written out. Padding in the middle sees and does not vote."""
     torch.manual_seed(0)
     S, x = 300, torch.randn(2, 8, 300, 4, dtype=torch.float64)
     mask = torch.ones(2, S, dtype=torch.long)
     if padded:
-        mask[0, :50] = 0
+        mask[0, :50] = mask[0, 140:160] = 0
     cache = FixedSizeDynamicCache(cache_size=S, **PLAIN)
     cache.update(x[:, :2], x[:, 2:4], 0)
     output = cache.attend(0, x[:, 4:], mask if padded else None, rule)
@@ -290,9 +290,9 @@ def test_output_and_votes_in_blocks_are_those_of_one_matrix(rule, padded):
     visible = torch.ones(S, S, dtype=torch.bool).tril() & mask[:, None, None].bool()
     e = logits.exp() * visible
     total = e.sum(-1, keepdim=True) + (0 if rule.sinks is None else rule.sinks.double().exp()[None, :, None, None])
-    weights = (e / total).nan_to_num() * mask[:, None, :, None]
+    weights = (e / total).nan_to_num()
     torch.testing.assert_close(output, weights @ values, rtol=1e-10, atol=1e-10)
-    votes = weights.unflatten(1, (2, 2)).sum((2, 3)).float()
+    votes = (weights * mask[:, None, :, None]).unflatten(1, (2, 2)).sum((2, 3)).float()
     scores = cache.layers[0].slots.tokens.scores[:, :, :S]
     torch.testing.assert_close(scores.masked_fill(scores == -torch.inf, 0), votes, rtol=1e-5, atol=1e-5)
 

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The codes (../../score_order.h) of the tokens that a block looks at, and how often each first digit is among them.
+// The codes (kernels/score_order.h) of the tokens that a block looks at, and how often each first digit is among them.
 #pragma once
 
-#include "../../score_order.h"
-#include "../../truncate.h"
-#include "../block.cuh"
-#include "../cluster.cuh"
-#include "../weight_sums.cuh"
+#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/weight_sums.cuh"
+#include "kernels/score_order.h"
+#include "kernels/truncate.h"
 #include "plan.h"
 
 namespace fsdc::cuda {
@@ -93,16 +93,10 @@ __device__ void bring_codes(const TruncateParams& params, const float* scores, i
   if constexpr (kSource == CodeSource::kScoresOnChip) {
     bring_scores<kThreads>(scores + team.first_token, team, codes, histogram);
   } else {
-    switch (params.weights.dtype) {
-      case DType::kFloat32:
-        return bring_weight_sums<float, kThreads>(params.weights, batch, head, team, codes, histogram);
-      case DType::kFloat16:
-        return bring_weight_sums<__half, kThreads>(params.weights, batch, head, team, codes, histogram);
-      case DType::kBFloat16:
-        return bring_weight_sums<__nv_bfloat16, kThreads>(params.weights, batch, head, team, codes, histogram);
-      case DType::kFloat64:
-        return bring_weight_sums<double, kThreads>(params.weights, batch, head, team, codes, histogram);
-    }
+    switch_element(params.weights.dtype, [&](auto element) {
+      using Element = typename decltype(element)::type;
+      bring_weight_sums<Element, kThreads>(params.weights, batch, head, team, codes, histogram);
+    });
   }
 }
 

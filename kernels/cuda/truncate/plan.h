@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
-#include "../../truncate.h"
-#include "../device.h"
+#include "kernels/cuda/device.h"
+#include "kernels/truncate.h"
 
 namespace fsdc::cuda {
 
@@ -53,11 +53,10 @@ inline TruncatePlan plan_truncate(const TruncateParams& params, const Device& de
   };
 
   TruncatePlan plan;
-  if (device.has_clusters) {
-    const int64_t two_blocks = std::min(device.shared_bytes_per_block, device.shared_bytes_per_multiprocessor / 2);
-    while (plan.cluster < kMostInCluster && (plan.cluster * 2 <= blocks || !fits(plan.cluster, two_blocks))) {
-      plan.cluster *= 2;
-    }
+  const int64_t two_blocks = std::min(device.shared_bytes_per_block, device.shared_bytes_per_multiprocessor / 2);
+  while (plan.cluster * 2 <= std::min(device.largest_cluster, kMostInCluster) &&
+         (plan.cluster * 2 <= blocks || !fits(plan.cluster, two_blocks))) {
+    plan.cluster *= 2;
   }
   plan.codes_on_chip = fits(plan.cluster, device.shared_bytes_per_block);
   if (!has_weights || !plan.codes_on_chip) {

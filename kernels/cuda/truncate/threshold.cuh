@@ -81,7 +81,7 @@ __device__ Bin find_bin(const uint32_t* totals, uint32_t kept) {
 }
 
 // Among the tokens with the digits found so far, on to the next digit. Counts are integers: no order, so deterministic.
-// 1 <= kept < tokens of the row < 2^32. `histogram` holds the first digits where the codes are on chip.
+// 1 <= kept < tokens of the row < 2^31. `histogram` holds the first digits where the codes are on chip.
 template <int kThreads, class Codes>
 __device__ Threshold find_threshold(const Codes& codes, const Team& team, uint32_t kept, uint32_t* histogram) {
   FSDC_SHARED(totals, uint32_t[kBins]);

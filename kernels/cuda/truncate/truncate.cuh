@@ -19,8 +19,7 @@ struct TruncateLaunch {
   uint32_t clusters_per_row;
   int64_t ranks_per_block;  // of the kept tokens
   int element_bytes;
-  int key_access;  // bytes per load and store: 16, 8, 4 or 2
-  int value_access;
+  int access;  // bytes per load and store of keys and values: 16, 8, 4 or 2
 };
 
 struct Ranks {
@@ -51,13 +50,13 @@ __device__ Boundary select_tokens(const Codes& codes, const Team& team, const Tr
   return write_indices<kThreads>(codes, team, threshold, of_cluster.begin, of_cluster.end, indices);
 }
 
-// Element: what the skipped tokens are summed from; void without such an entry, then only bytes move. Two blocks per
-// multiprocessor, so that one selects while the other copies; sums want the registers of both.
-template <class Element, CodeSource kSource>
-constexpr int kBlocksPerMultiprocessor = std::is_void_v<Element> && kSource != CodeSource::kWeightSumsOnChip ? 2 : 1;
+// Two blocks per multiprocessor, so that one selects while the other copies; sums want the registers of both.
+template <bool kHasSkipped, CodeSource kSource>
+constexpr int kBlocksPerMultiprocessor = kHasSkipped || kSource == CodeSource::kWeightSumsOnChip ? 1 : 2;
 
-template <class Element, CodeSource kSource, int kThreads>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Element, kSource>))
+// Element types are told apart inside, where sums are made: what is copied is bytes.
+template <bool kHasSkipped, CodeSource kSource, int kThreads>
+__global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<kHasSkipped, kSource>))
     truncate_kernel(const TruncateParams params, const TruncateLaunch plan) {
   FSDC_SHARED(histogram, uint32_t[kBins]);
   const uint32_t blocks_per_row = plan.cluster * plan.clusters_per_row;
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Element, k
   const uint32_t cluster = block / plan.cluster;
   const int64_t batch = row / static_cast<uint32_t>(params.heads);
   const int64_t head = row % static_cast<uint32_t>(params.heads);
-  const int64_t entries = params.kept + (params.has_skipped ? 1 : 0);
+  const int64_t entries = params.kept + (kHasSkipped ? 1 : 0);
   const float* const scores =  // [S]
       kSource == CodeSource::kWeightSumsOnChip
           ? nullptr
@@ -92,26 +91,11 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerMultiprocessor<Element, k
 
   const RowCopy keys = row_of(params.keys, batch, head, row, entries, plan.element_bytes);
   const RowCopy values = row_of(params.values, batch, head, row, entries, plan.element_bytes);
-  gather_tokens<kThreads>(keys, plan.key_access, indices, of_block.begin, of_block.end);
-  gather_tokens<kThreads>(values, plan.value_access, indices, of_block.begin, of_block.end);
-
-  if constexpr (!std::is_void_v<Element>) {
+  gather_tokens<kThreads>(keys, values, plan.access, indices, of_block.begin, of_block.end);
+  if constexpr (kHasSkipped) {
     if (block == 0 && threadIdx.x == 0) indices[params.kept] = -1;
-    const auto sum = [&](auto pack) {
-      constexpr int kPack = decltype(pack)::value;
-      constexpr uint32_t kPackBytes = kPack * sizeof(Element);
-      const uint32_t of_keys = static_cast<uint32_t>(keys.token_bytes) / kPackBytes;
-      const uint32_t all = of_keys + static_cast<uint32_t>(values.token_bytes) / kPackBytes;
-      const uint32_t per_cluster = (all + plan.clusters_per_row - 1) / plan.clusters_per_row;
-      const Columns columns{of_keys, min(cluster * per_cluster, all), min((cluster + 1) * per_cluster, all)};
-      sum_skipped<Element, kPack, kThreads>(codes_of_block, team, params.tokens, boundary, keys, values, params.kept,
-                                            columns);
-    };
-    if (plan.key_access >= 8 && plan.value_access >= 8) {
-      sum(std::integral_constant<int, 8 / static_cast<int>(sizeof(Element))>{});
-    } else {
-      sum(std::integral_constant<int, 1>{});
-    }
+    sum_skipped_tokens<kThreads>(codes_of_block, team, params, boundary, keys, values, plan.access, cluster,
+                                 plan.clusters_per_row);
   }
 }
 
@@ -121,6 +105,15 @@ inline int access_of(const TokenRows& rows, int64_t element_bytes) {
                       static_cast<uint64_t>(strides * element_bytes));
 }
 
+// Of whatever is read or written; keys and values are aligned where their access is as wide as an element.
+inline bool are_aligned(const TruncateParams& params, int access) {
+  const bool scores = params.scores != nullptr ? is_aligned(params.scores, sizeof(float))
+                                               : is_aligned(params.weights.weights, element_size(params.weights.dtype));
+  return scores && access >= element_size(params.dtype) && is_aligned(params.indices, sizeof(int64_t));
+}
+
+constexpr int kTruncateThreads = 512;  // per block, as shipped; tests run smaller ones too
+
 template <int kThreads>
 cudaError_t launch_truncate_kernel(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream) {
   if (params.rows() == 0 || params.entries() == 0) return cudaSuccess;
@@ -128,30 +121,29 @@ cudaError_t launch_truncate_kernel(const TruncateParams& params, const TruncateP
   const int64_t element_bytes = element_size(params.dtype);
   const int64_t blocks = params.rows() * plan.blocks_per_row();
   const int64_t token_bytes = std::max(params.keys.head_dim, params.values.head_dim) * element_bytes;
-  const bool fits = blocks <= std::numeric_limits<int32_t>::max() &&          // a grid
-                    params.tokens <= std::numeric_limits<uint32_t>::max() &&  // a counter
-                    token_bytes < int64_t{1} << 31;                           // an offset inside a token
+  const bool fits = blocks <= std::numeric_limits<int32_t>::max() &&         // a grid
+                    params.tokens <= std::numeric_limits<int32_t>::max() &&  // a counter, and a step beyond
+                    token_bytes < int64_t{1} << 31;                          // an offset inside a token
   if (!fits) return cudaErrorInvalidValue;
-  const TruncateLaunch launched{.cluster = plan.cluster,
-                                .clusters_per_row = plan.clusters_per_row,
-                                .ranks_per_block = (params.kept + plan.blocks_per_row() - 1) / plan.blocks_per_row(),
-                                .element_bytes = static_cast<int>(element_bytes),
-                                .key_access = access_of(params.keys, element_bytes),
-                                .value_access = access_of(params.values, element_bytes)};
+  const TruncateLaunch launched{
+      .cluster = plan.cluster,
+      .clusters_per_row = plan.clusters_per_row,
+      .ranks_per_block = (params.kept + plan.blocks_per_row() - 1) / plan.blocks_per_row(),
+      .element_bytes = static_cast<int>(element_bytes),
+      .access = std::min(access_of(params.keys, element_bytes), access_of(params.values, element_bytes))};
+  if (!are_aligned(params, launched.access)) return cudaErrorMisalignedAddress;
   const Grid grid{.blocks = static_cast<unsigned>(blocks),
                   .threads = kThreads,
                   .shared_bytes = static_cast<size_t>(code_bytes(params, plan)),
                   .cluster = plan.cluster};
-  const auto launch_kernel = [&](auto kernel) { return launch(kernel, grid, stream, params, launched); };
-  const auto launch_for = [&](auto element) {
-    using Element = typename decltype(element)::type;
-    if (params.scores == nullptr) {
-      return launch_kernel(truncate_kernel<Element, CodeSource::kWeightSumsOnChip, kThreads>);
-    }
-    return plan.codes_on_chip ? launch_kernel(truncate_kernel<Element, CodeSource::kScoresOnChip, kThreads>)
-                              : launch_kernel(truncate_kernel<Element, CodeSource::kScoresStreamed, kThreads>);
+  const auto launch_for = [&](auto has_skipped) {
+    constexpr bool kHasSkipped = decltype(has_skipped)::value;
+    auto* kernel = truncate_kernel<kHasSkipped, CodeSource::kScoresStreamed, kThreads>;
+    if (plan.codes_on_chip) kernel = truncate_kernel<kHasSkipped, CodeSource::kScoresOnChip, kThreads>;
+    if (params.scores == nullptr) kernel = truncate_kernel<kHasSkipped, CodeSource::kWeightSumsOnChip, kThreads>;
+    return launch(kernel, grid, stream, params, launched);
   };
-  return params.has_skipped ? with_element(params.dtype, launch_for) : launch_for(ElementType<void>{});
+  return params.has_skipped ? launch_for(std::true_type{}) : launch_for(std::false_type{});
 }
 
 }  // namespace fsdc::cuda

@@ -61,6 +61,16 @@ def has_window(module: Any, layer_idx: int) -> bool:
     return layer_idx < len(kinds) and kinds[layer_idx] in ("sliding_attention", "chunked_attention")
 
 
+def rotates_by_length(config: Any) -> bool:
+    """Whether rotary embeddings depend on the length of the text (dynamic NTK, longrope): a key keeps the rotation of
+    the length at which it was read."""
+    text = text_config(config)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    kinds = [str(each.get("rope_type", each.get("type"))) for each in (rope, *by_layer_type)]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
 def check_model(model: Any) -> None:
     """Raises NotImplementedError where a model's attention does not go through transformers' AttentionInterface."""
     check_config(model.config)

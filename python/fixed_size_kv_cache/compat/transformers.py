@@ -147,7 +147,8 @@ def is_assisted(generation_config, arguments: tuple) -> bool:
     third = arguments[0] if arguments else None
     if isinstance(third, GenerationMode):
         return third == GenerationMode.ASSISTED_GENERATION
-    return third is not None or generation_config.prompt_lookup_num_tokens is not None
+    proposes_itself = (generation_config.prompt_lookup_num_tokens, generation_config.assistant_early_exit)
+    return third is not None or any(x is not None for x in proposes_itself)
 
 
 def prompt_length(generation_config, model_kwargs: dict) -> int:
@@ -161,6 +162,8 @@ def prompt_length(generation_config, model_kwargs: dict) -> int:
 # padding is counted in the position ids.
 CHUNKS_FORGET_EARLIER_TURNS = Version(transformers.__version__) < Version("5.23")
 CHUNKS_FORGET_PADDING = hasattr(transformers.GenerationMixin, "_prefill_chunking")
+# Before transformers 5 a text is cut by the length of the cache, whatever its mask says.
+TAKES_NEW_TOKENS_ONLY = hasattr(transformers.GenerationMixin, "_prefill")
 # Families whose linear layers read a chunk as if nothing had come before it, in every version.
 CHUNKS_FORGET_STATE = ("jamba",)
 

@@ -18,7 +18,7 @@ from ..layer.attention import LogitRule, attend_with_weights, products_of
 from ..layer.handoff import HANDOFF
 
 NAME = "fsdc"
-UNKNOWN = ("position_bias", "indices", "block_indices", "cache")  # arguments of other attention that change its result
+UNKNOWN = {"position_bias", "indices", "block_indices", "cache"}  # arguments that change the result of other attention
 
 
 def fsdc_attention(
@@ -35,30 +35,37 @@ def fsdc_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: the output ``[B, Q, Hq, D]``, and no weights."""
-    taken, name = HANDOFF.take(module, key), type(module).__name__
+    taken = HANDOFF.take(module, key)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
-            f'{name}: output_attentions must be False with "fsdc"; got True; call disable(model) and use "eager"'
+            f'{_name(module)}: output_attentions must be False with "fsdc"; got True; call disable(model) and use '
+            '"eager"'
         )
-    if given := [argument for argument in UNKNOWN if kwargs.get(argument) is not None]:
-        raise NotImplementedError(
-            f'{name}: {given[0]} must be None, "fsdc" knows no such attention; call disable(model)'
-        )
+    for argument in UNKNOWN & kwargs.keys():
+        if kwargs[argument] is not None:
+            raise NotImplementedError(
+                f'{_name(module)}: {argument} must be None, "fsdc" knows no such attention; call disable(model)'
+            )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = LogitRule(scaling, softcap, s_aux)
     if taken is None:
         return _attend_elsewhere(module, query, key, value, attention_mask, dropout, rule, kwargs), None
     cache, layer_idx = taken
     if dropout > 0:
-        raise RuntimeError(f"{name}: there is no dropout with a cache of fixed size; call model.eval()")
-    if sliding_window is not None or has_window(module, layer_idx):
+        raise RuntimeError(f"{_name(module)}: there is no dropout with a cache of fixed size; call model.eval()")
+    layer = cache.layers[layer_idx]
+    if sliding_window is not None or (not layer.has_attended and has_window(module, layer_idx)):
         raise NotImplementedError(
-            f"{name}: layer {layer_idx} sees a window of the text, so it must keep transformers' own cache; got one of "
-            "ours; make the cache with FixedSizeDynamicCache(config=model.config)"
+            f"{_name(module)}: layer {layer_idx} sees a window of the text, so it must keep transformers' own cache; "
+            "got one of ours; make the cache with FixedSizeDynamicCache(config=model.config)"
         )
     if s_aux is not None:
         rule = rule._replace(sinks=s_aux.detach())  # a parameter: votes are no gradients
     return cache.attend(layer_idx, query, attention_mask, rule).transpose(1, 2).contiguous(), None
+
+
+def _name(module: torch.nn.Module) -> str:
+    return type(module).__name__
 
 
 def _attend_elsewhere(
@@ -118,9 +125,9 @@ def fsdc_mask(
 ) -> Tensor | None:
     """What ``fsdc_attention`` gets as its mask.
 
-    For causal layers: which of the new tokens are padding, ``[B, Q]``, or None; what they see of the held tokens is
-    the cache's own knowledge. It is a copy, so that a compiled step always sees the same strides. For windows,
-    chunks and other patterns: the mask of transformers' sdpa, ``[B, 1, Q, columns]``.
+    For causal layers: which tokens are padding, ``[B, S + Q]``, or None; what the new ones see of the held ones is the
+    cache's own knowledge. For a compiled step of the new tokens only, ``[B, Q]``, a copy with the same strides in every
+    step. For windows, chunks and other patterns: the mask of transformers' sdpa, ``[B, 1, Q, columns]``.
     """
     if local_size is not None or mask_function is not causal_mask_function:
         if local_size is not None:
@@ -133,6 +140,8 @@ def fsdc_mask(
     end = kwargs["kv_length"] + kwargs["kv_offset"]  # tokens seen, with the new ones
     if isinstance(end, int):  # while a graph is compiled it is not, and the mask ends with the new tokens
         attention_mask = attention_mask[:, :end]  # one mask may come with every part of a text
+    if kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling():
+        return attention_mask
     Q = kwargs["q_length"] if "q_length" in kwargs else kwargs["cache_position"].shape[0]  # the latter up to 5.3
     # Not .contiguous(): one row of one token counts as contiguous with any stride.
     return attention_mask[:, -Q:].clone(memory_format=torch.contiguous_format)

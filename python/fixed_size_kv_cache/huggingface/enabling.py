@@ -60,8 +60,8 @@ def enable(
             compiled module. Of a model for images and text the text decoder is meant.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         prefill_chunk_size: longer prompts are read in chunks of so many tokens, so that memory stays at two caches and
-            a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding and for
-            a compiled generate() come in one piece.
+            a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a
+            compiled generate() and for rotary embeddings that depend on the length come in one piece.
         **fields: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
             ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
 

@@ -2,19 +2,22 @@
 """Where generate() of transformers makes its cache: the place at which an enabled model gets one of ours.
 
 Importing puts one hook after ``GenerationMixin._prepare_cache_for_generation``, which does nothing for models that are
-neither enabled nor of the attention implementation "fsdc", and one after ``_assisted_decoding``, for our caches only.
+neither enabled nor of the attention implementation "fsdc", and one around each way to generate, for our caches only.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import legacy
-from ..compat.capability import check_made_for, text_config
+from ..compat.capability import check_made_for, rotates_by_length, text_config
 from ..compat.transformers import (
     CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
@@ -26,7 +29,9 @@ from ..compat.transformers import (
 )
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..settings import CACHE_SIZE, FixedSizeCacheConfig
+from .assisted import skip_what_was_read
 from .attention_interface import NAME
+from .handed_over import Given, cache_of
 
 MARK = "_fixed_size_cache"  # the attribute of an enabled model; no parameter and no buffer, so it is not saved
 REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
@@ -117,10 +122,27 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
     handle, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
     chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
     forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
-    if forgets or assisted or not _is_text_only(model_kwargs) or generation_config.compile_config is not None:
+    if (
+        forgets
+        or rotates_by_length(model.config)
+        or assisted
+        or not _is_text_only(model_kwargs)
+        or generation_config.compile_config is not None
+    ):
         return  # in one piece
-    if prompt_length(generation_config, model_kwargs) > chunk:
+    if prompt_length(generation_config, model_kwargs) > chunk and not _processes_meet_in(model):
         generation_config.prefill_chunk_size = chunk
+
+
+def _processes_meet_in(model: Any) -> bool:
+    """Whether each forward gathers weights from other processes (FSDP, ZeRO-3): then all must run equally many, and
+    prompts of different lengths would have different numbers of chunks."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    is_sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return torch.distributed.get_world_size() > 1 and (is_sharded or is_deepspeed_zero3_enabled())
 
 
 def _is_text_only(model_kwargs: dict) -> bool:
@@ -143,18 +165,30 @@ def _install() -> None:
 
     GenerationMixin._prepare_cache_for_generation = prepare_cache_for_generation
 
-    assisted = GenerationMixin._assisted_decoding
+    for name in ("_sample", "_beam_search", "_assisted_decoding"):
+        setattr(GenerationMixin, name, _with_history(getattr(GenerationMixin, name)))
 
-    @functools.wraps(assisted)
-    def assisted_decoding(self: Any, *args: Any, **kwargs: Any):
+
+def _with_history(original: Callable) -> Callable:
+    """Of a way to generate: what it is handed is checked against our cache before the first token, and remembered."""
+
+    @functools.wraps(original)
+    def generate(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = cache_of(kwargs)
+        if cache is None:
+            return original(self, input_ids, *args, **kwargs)
+        given = Given(cache, input_ids, kwargs["generation_config"], kwargs)
+        cache.is_past_checked = True
         try:
-            return assisted(self, *args, **kwargs)
-        finally:  # from here on tokens stay, and are evicted
-            cache = kwargs.get(CACHE_NAME)
-            if isinstance(cache, FixedSizeDynamicCache):
-                cache.stop_past_recording()
+            with skip_what_was_read(self, given) if is_assisted_loop else contextlib.nullcontext():
+                result = original(self, input_ids, *args, **kwargs)
+        finally:
+            cache.is_past_checked = False
+        given.remember(result if isinstance(result, Tensor) else result.sequences)
+        return result
 
-    GenerationMixin._assisted_decoding = assisted_decoding
+    is_assisted_loop = original.__name__ == "_assisted_decoding"
+    return generate
 
 
 _install()

@@ -42,6 +42,9 @@ class NewTokens(NamedTuple):
         return NewTokens(valid, sees)
 
 
+ALL_REAL = NewTokens(None, None)
+
+
 def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None, shows_padding_everything: bool = False) -> NewTokens:
     """Reads the columns of the new tokens.
 
@@ -59,7 +62,7 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None, shows_padding_
         ValueError: for a tensor of another rank, for a mask per head, and for one that weighs tokens.
     """
     if mask is None:
-        return NewTokens(None, None)
+        return ALL_REAL
     if not isinstance(mask, Tensor):
         raise TypeError(f'attention_mask must be a tensor; got {type(mask).__name__}; set attn_implementation="eager"')
     if mask.dim() not in (2, 4):
@@ -87,6 +90,17 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None, shows_padding_
     return NewTokens(valid, sees)
 
 
+def hides_the_past(mask: Tensor, new: NewTokens, Q: int, S: int, seen: Tensor) -> Tensor | None:
+    """Whether a mask hides some of the ``seen`` ``[B]`` real tokens before the new ones from one that is no padding, or
+    shows padding: a bool on the device. None where the mask has no columns for them."""
+    if S == 0 or mask.shape[-1] < S + Q:
+        return None
+    old = mask[:, None, :S] if mask.dim() == 2 else mask[:, 0, -Q:, :S]
+    shown = (old == 0 if old.is_floating_point() and mask.dim() == 4 else old.bool()).sum(-1)  # [B, Q or 1]
+    wrong = shown != seen[:, None]
+    return (wrong if new.valid is None else wrong & new.valid).any()
+
+
 class Visibility(NamedTuple):
     """New queries and the ``T + Q`` columns before them, what is held first."""
 
@@ -106,7 +120,8 @@ class Visibility(NamedTuple):
 
     def of_block(self, start: int, stop: int, device: torch.device) -> tuple[int, Tensor | None]:
         """For queries ``[start, stop)``: how many columns they can see at most, and which, broadcast to ``[B, H, stop -
-        start, columns]``; None: all of them."""
+        start, columns]``; None: all of them. Padding is seen by nobody, and sees the tokens before it, as it does in
+        transformers: the first token after right padding comes from there."""
         sees, valid = self.new.sees, self.new.valid
         columns = self.T + (self.Q if sees is not None else stop)
         if self.Q == 1 and not self.has_pads and sees is None:
@@ -116,15 +131,13 @@ class Visibility(NamedTuple):
         else:
             among_new = sees[:, None, start:stop]  # [B, 1, q, Q]
         if valid is not None:
-            among_new = among_new & valid[:, None, None, : columns - self.T] & valid[:, None, start:stop, None]
+            among_new = among_new & valid[:, None, None, : columns - self.T]
         if self.T == 0:
             return columns, among_new
         if self.held is not None:
             old = self.held[:, :, None]  # [B, H, 1, T]
         else:
             old = torch.ones(1, 1, 1, self.T, dtype=torch.bool, device=device)
-        if valid is not None:
-            old = old & valid[:, None, start:stop, None]
         B, H = torch.broadcast_shapes(old.shape[:2], among_new.shape[:2])
         q = stop - start
         return columns, torch.cat([old.expand(B, H, q, -1), among_new.expand(B, H, q, -1)], dim=-1)
@@ -138,6 +151,8 @@ class Stage:
     values: Tensor  # [B, H, Q, Dv]
     all_keys: Tensor  # [B, H, T + Q, D], what update returned
     all_values: Tensor
+    queries: int  # Q
+    held: int  # T, the tokens before them
     new: NewTokens | None = None  # what the mask says about them, once somebody has read it
 
     @property
@@ -145,11 +160,23 @@ class Stage:
         """Which new tokens are not padding, ``[B, Q]``; None: all."""
         return None if self.new is None else self.new.valid
 
-    @property
-    def queries(self) -> int:
-        return self.keys.shape[2]
+    def valid_or_all(self) -> Tensor:
+        """:attr:`valid`, all True where it is None."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.keys.shape[0], self.queries, dtype=torch.bool, device=self.keys.device)
 
-    @property
-    def held(self) -> int:
-        """T: the tokens before them."""
-        return self.all_keys.shape[2] - self.keys.shape[2]
+    def check_weights(self, weights: Tensor) -> None:
+        """Raises ValueError unless these can be the attention weights ``[B, Hq, Q, T + Q]`` of this step."""
+        (B, H), device = self.keys.shape[:2], self.keys.device
+        if weights.dim() != 4 or weights.shape[0] != B or weights.shape[1] % H != 0 or weights.device != device:
+            raise ValueError(
+                f"attention weights must be [B, Hq, Q, columns] with B = {B} and a multiple of the {H} KV heads on "
+                f"{device}; got sizes {list(weights.shape)} on {weights.device}"
+            )
+        Q, columns = self.queries, self.all_keys.shape[2]
+        if weights.shape[2:] != (Q, columns):
+            raise ValueError(
+                f"attention weights must have the {Q} queries and {columns} columns of this step, as "
+                f"update() returned them; got sizes {list(weights.shape)}"
+            )

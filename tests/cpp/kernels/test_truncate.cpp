@@ -38,12 +38,13 @@ std::vector<int64_t> select(cpu::Isa isa, const std::vector<float>& scores, int6
 
 // Rows of one layer: keys count up, values down, so every element tells where it came from.
 struct Layer {
-  int64_t batch = 2, heads = 3, tokens = 70, head_dim = 5, value_dim;
+  int64_t batch, heads, tokens, head_dim, value_dim;
   bool tokens_before_heads = false;  // [B, S, H, D], seen as [B, H, S, D]
   int64_t score_head_stride = tokens + 2, score_batch_stride = heads * score_head_stride + 5;
   std::vector<float> keys, values, scores;
 
-  explicit Layer(int64_t value_columns = 9) : value_dim(value_columns) {
+  Layer(int64_t batch, int64_t heads, int64_t tokens, int64_t head_dim, int64_t value_dim)
+      : batch(batch), heads(heads), tokens(tokens), head_dim(head_dim), value_dim(value_dim) {
     keys.resize(batch * heads * tokens * head_dim);
     values.resize(batch * heads * tokens * value_dim);
     scores.resize(batch * score_batch_stride);
@@ -118,25 +119,78 @@ TEST_CASE("selection keeps the best, of equal ones the newer, in ascending order
   }
 }
 
+TEST_CASE("selection is right for long rows of any distribution") {
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
+  std::mt19937 generator(3);
+  std::lognormal_distribution<float> heavy_tailed(0, 3);
+  for (int64_t tokens : {511, 512, 513, 700, 4097, 40'000}) {
+    std::vector<float> drawn(tokens), narrow(tokens), rising(tokens), mostly_zero(tokens), above(tokens);
+    for (int64_t i = 0; i < tokens; ++i) {
+      drawn[i] = heavy_tailed(generator);
+      narrow[i] = 1.0f + 0.01f * std::generate_canonical<float, 24>(generator);
+      rising[i] = float(i) - 100.0f;
+      mostly_zero[i] = generator() % 20 == 0 ? drawn[i] : generator() % 2 == 0 ? 0.0f : -0.0f;
+      above[i] = generator() % 3 == 0 ? kInf : generator() % 2 == 0 ? kNaN : drawn[i];
+    }
+    for (const std::vector<float>& scores : {drawn, narrow, rising, mostly_zero, above}) {
+      for (int64_t kept : {int64_t{1}, tokens / 100, tokens / 8, tokens / 2, tokens * 9 / 10, tokens - 1}) {
+        CAPTURE(cpu::name_of(isa), tokens, kept, scores[0], scores[1]);
+        CHECK(select(isa, scores, kept) == test::select(scores, kept));
+      }
+    }
+  }
+}
+
 TEST_CASE("selection is right where its sample of the scores misleads") {
   const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
-  constexpr int64_t kTokens = 16384;
-  for (int64_t offset = 0; offset < 16; ++offset) {  // the sample looks at every 16th
-    std::vector<float> scores(kTokens);
-    std::mt19937 generator(1);
-    for (int64_t i = 0; i < kTokens; ++i) {
-      scores[i] = std::generate_canonical<float, 24>(generator) * (i % 16 == offset ? 1e3f : 1e-3f);
-    }
-    for (int64_t kept : {1, 100, 1024, 1025, 9000}) {
-      CAPTURE(cpu::name_of(isa), offset, kept);
-      CHECK(select(isa, scores, kept) == test::select(scores, kept));
+  constexpr int64_t kTokens = 16384, kKept = 2048;
+  std::vector<float> scores(kTokens);
+  std::mt19937 generator(1);
+  for (float& score : scores) score = std::generate_canonical<float, 24>(generator);
+  const cpu::CodeRange right = cpu::truncate_loops(isa).guess_range(scores.data(), kTokens, kKept);
+  const std::vector<int64_t> expected = test::select(scores, kKept);
+  std::vector<uint32_t> inside(cpu::kSelectRoom);
+  // Ranges above the last score to stay, below it, of one code, and of all of them.
+  for (const cpu::CodeRange& range : {cpu::CodeRange{right.high, cpu::kTopCode},
+                                      {right.high, right.high + 1},
+                                      {0, right.low},
+                                      {0, 1},
+                                      {right.low, right.low + 1},
+                                      {0, cpu::kTopCode}}) {
+    CAPTURE(cpu::name_of(isa), range.low, range.high);
+    cpu::RowPart row{.begin = 0, .end = kTokens, .inside = inside.data()};
+    cpu::truncate_loops(isa).split_part(scores.data(), range, row);
+    const uint32_t code = cpu::truncate_loops(isa).find_threshold(scores.data(), kKept, range, &row, 1);
+    std::vector<int64_t> indices(kKept);
+    cpu::truncate_loops(isa).write_part(scores.data(), code, row, indices.data());
+    CHECK(indices == expected);
+  }
+}
+
+TEST_CASE("a long row is shared among threads") {
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
+  constexpr int64_t kTokens = 50'001;  // three parts
+  const std::vector<std::vector<float>> alphabets = {
+      {0.0f, -0.0f, 1.0f}, {1.0f}, {kInf, kNaN, -kNaN, -kInf, 2.0f}, {kNaN}, {}};
+  for (const std::vector<float>& alphabet : alphabets) {
+    Layer layer{1, 2, kTokens, 1, 1};
+    for (int64_t i = 0; i < 2 * kTokens && !alphabet.empty(); ++i)
+      layer.scores[i] = alphabet[i * 7919 % alphabet.size()];
+    for (int64_t kept : {int64_t{0}, int64_t{1}, int64_t{1000}, kTokens / 3, kTokens - 1, kTokens}) {
+      const Result out = truncate(layer, kept, false, test::Threads(3), isa);
+      for (int64_t row = 0; row < 2; ++row) {
+        const auto scores = layer.scores.begin() + row * kTokens;
+        const auto indices = out.indices.begin() + row * kept;
+        CAPTURE(cpu::name_of(isa), alphabet, kept, row);
+        CHECK(std::vector(indices, indices + kept) == test::select({scores, scores + kTokens}, kept));
+      }
     }
   }
 }
 
 TEST_CASE("rows are copied whole and to their place") {
   const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
-  Layer layer;
+  Layer layer(2, 3, 70, 5, 9);
   layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69, 70);
   const Result out = truncate(layer, kept, false, cpu::Sequential(), isa);
@@ -156,9 +210,30 @@ TEST_CASE("rows are copied whole and to their place") {
   }
 }
 
+TEST_CASE("what is written past the caches is the same") {
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
+  constexpr int64_t kTokens = 40;
+  const std::vector<int64_t> indices = {0, 3, 4, 17, 39};
+  for (int64_t row_bytes : {4, 64, 192, 200}) {  // whole lines and others
+    for (int64_t offset : {0, 8}) {              // on a line's border and not
+      std::vector<char> source(kTokens * row_bytes), room(indices.size() * row_bytes + 128, 7);
+      for (size_t i = 0; i < source.size(); ++i) source[i] = char(i * 31 % 127);
+      char* out = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) + offset;
+      cpu::truncate_loops(isa).copy_rows(source.data(), row_bytes, row_bytes, indices.data(), 1, 5, true, out);
+      CAPTURE(cpu::name_of(isa), row_bytes, offset);
+      for (int64_t i = 0; i < 5; ++i) {
+        for (int64_t byte = 0; byte < row_bytes; ++byte) {
+          REQUIRE(out[i * row_bytes + byte] == (i == 0 ? 7 : source[indices[i] * row_bytes + byte]));
+        }
+      }
+      CHECK(out[5 * row_bytes] == 7);
+    }
+  }
+}
+
 TEST_CASE("the last entry is the sum of the skipped tokens") {
   const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
-  Layer layer(GENERATE(9, 300));  // columns are summed 256 at a time
+  Layer layer(2, 3, 70, 5, GENERATE(9, 300));  // columns are summed 256 at a time
   layer.tokens_before_heads = GENERATE(false, true);
   const int64_t kept = GENERATE(1, 20, 69);
   const Result out = truncate(layer, kept, true, cpu::Sequential(), isa);
@@ -179,7 +254,7 @@ TEST_CASE("the last entry is the sum of the skipped tokens") {
 }
 
 TEST_CASE("threads change nothing") {
-  const Layer layer;
+  const Layer layer{2, 3, 70, 5, 9};
   const cpu::Isa isa = cpu::active_isa();
   for (bool has_skipped : {false, true}) {
     const Result expected = truncate(layer, 20, has_skipped, cpu::Sequential(), isa);
