@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // What every argument rule is made of. An error has one form, `op: argument must be <rule>; got <what came>`, and is
-// a RuntimeError in Python, as from torch. python/fixed_size_kv_cache/_checks.py holds the same rules for fake kernels.
+// a RuntimeError in Python, as from torch. For fake kernels python/fixed_size_kv_cache/operators/checks.py holds the
+// same rules.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cctype>
 #include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -110,6 +114,19 @@ inline void check_rank(const char* op, const char* name, const Tensor& tensor, i
   FSDC_CHECK(tensor.dim() == rank, op, ": ", name, " must be ", shape, "; got sizes ", to_text(tensor.sizes()));
 }
 
+// All sizes at once; `shape` names them.
+inline void check_sizes(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+                        const char* shape) {
+  const auto have = tensor.sizes();
+  FSDC_CHECK(std::equal(have.begin(), have.end(), sizes.begin(), sizes.end()), op, ": ", name, " must be ", shape,
+             " = ", to_text(IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())), "; got sizes ", to_text(have));
+}
+
+inline void check_type(const char* op, const char* name, const Tensor& tensor, ScalarType type) {
+  FSDC_CHECK(tensor.scalar_type() == type, op, ": ", name, " must be ", to_text(type), "; got ",
+             to_text(tensor.scalar_type()));
+}
+
 inline void check_floating(const char* op, const char* name, const Tensor& tensor) {
   FSDC_CHECK(is_supported(tensor.scalar_type()), op, ": ", name, " must be float32, float16, bfloat16 or float64; got ",
              to_text(tensor.scalar_type()));
@@ -130,6 +147,12 @@ inline void check_contiguous_rows(const char* op, const char* name, const Tensor
   const int64_t last = tensor.dim() - 1;
   FSDC_CHECK(tensor.size(last) <= 1 || tensor.stride(last) == 1, op, ": ", name,
              " must have a contiguous last dimension; got strides ", to_text(tensor.strides()), "; call .contiguous()");
+}
+
+inline void check_like_query(const char* op, const char* name, const Tensor& tensor, const Tensor& query) {
+  FSDC_CHECK(tensor.scalar_type() == query.scalar_type(), op, ": ", name, " must have the type of query, ",
+             to_text(query.scalar_type()), "; got ", to_text(tensor.scalar_type()));
+  check_contiguous_rows(op, name, tensor);
 }
 
 inline void check_tokens(const char* op, const char* name, int64_t tokens) {

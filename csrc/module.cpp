@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module fixed_size_kv_cache._C, and the only file that knows pybind11: facts about this build.
+// The Python module fixed_size_kv_cache._C, and the only file that knows pybind11: it tells about the build.
 // Importing it registers the operators of ops.cpp as torch.ops.fsdc; they are called through torch, not here.
 #undef TORCH_TARGET_VERSION  // the pybind11 of torch 2.11 refuses it, and nothing here uses torch
 #include <pybind11/pybind11.h>
@@ -34,5 +34,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The compiled part of fixed_size_kv_cache. Importing it registers torch.ops.fsdc.";
   module.def("build_info", &build_info, "Version, torch, CUDA, architectures and compiler of this build.");
   module.def("use_cpu_isa", &fsdc::cpu::use_isa, "Chooses the instruction set, for tests; False where it is missing.");
-  module.def("cpu_isa", &fsdc::cpu::active_isa, "Instruction set in use: 'avx512', 'avx2' or 'portable'.");
+  module.def(
+      "cpu_isa", [] { return fsdc::cpu::name_of(fsdc::cpu::active_isa()); },
+      "Instruction set in use: 'avx512', 'avx2' or 'portable'.");
 }

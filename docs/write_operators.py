@@ -6,6 +6,7 @@ python docs/write_operators.py
 
 import inspect
 import re
+import textwrap
 from pathlib import Path
 
 from fixed_size_kv_cache import reference
@@ -17,11 +18,11 @@ HEAD = """\
 
 `import fixed_size_kv_cache` loads them as `torch.ops.fsdc`. This page is written by `docs/write_operators.py` from the
 schemas in `csrc/ops.cpp` and the docstrings in
-[reference.py](../python/fixed_size_kv_cache/reference.py), the specification in plain torch that CPU and CUDA match bit
-for bit. From C++ they are functions of the same names in `csrc/fsdc.h`.
+[reference.py](../python/fixed_size_kv_cache/operators/reference.py), the specification in plain torch. Kernels match it
+bit for bit; those of attention approach it, as each says. In C++ they have the same names, in `csrc/fsdc.h`.
 
-`B` batch, `H` KV heads, `G` query heads per KV head, `Hq = H * G`, `Q` new queries, `S` tokens seen, `D` head
-dimension.
+`B` batch, `H` KV heads, `G` query heads per KV head, `Hq = H * G`, `Q` new queries, `S` tokens seen, `N` slots of a KV
+head, `D` head dimension, `Dv` that of values.
 """
 
 
@@ -37,7 +38,9 @@ def schemas() -> dict[str, str]:
 
 def section(name: str, schema: str) -> str:
     text = re.sub(r":func:`(\w+)`", r"`\1`", inspect.getdoc(getattr(reference, name)).replace("``", "`"))
-    lines = [f"## {name}", "", "```", schema.replace(" -> ", "\n    -> "), "```", ""]
+    call, output = schema.split(" -> ")
+    call = textwrap.wrap(call, 119, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    lines = [f"## {name}", "", "```", *call, f"    -> {output}", "```", ""]
     part = None
     for line in text.splitlines():
         if heading := re.fullmatch(r"(Args|Returns|Raises|Example):", line):

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The order of scores, as unsigned integers: the token with the larger key stays.
+// The order of scores, as unsigned integers: the token with the larger code stays.
 //
 //   -inf  <  finite, by value, -0 equal to +0  <  NaN of any sign and payload  <  +inf
 //
@@ -11,15 +11,15 @@
 
 namespace fsdc {
 
-constexpr uint32_t kKeyOfNaN = 0xff800000u;  // one above the largest finite score
-constexpr uint32_t kKeyOfInfinity = 0xffffffffu;
+constexpr uint32_t kCodeOfNaN = 0xff800000u;  // one above the largest finite score
+constexpr uint32_t kCodeOfInfinity = 0xffffffffu;
 
 // Without branches, so that compilers vectorise it.
-FSDC_HOST_DEVICE constexpr uint32_t score_key(uint32_t bits) {
-  const uint32_t sign = 0u - (bits >> 31);                                         // all ones where negative
-  uint32_t key = (bits ^ (sign | 0x80000000u)) + (bits == 0x80000000u ? 1u : 0u);  // -0 becomes +0
-  key = (bits & 0x7fffffffu) > 0x7f800000u ? kKeyOfNaN : key;
-  return bits == 0x7f800000u ? kKeyOfInfinity : key;
+FSDC_HOST_DEVICE constexpr uint32_t score_code(uint32_t bits) {
+  const uint32_t sign = 0u - (bits >> 31);                                          // all ones where negative
+  uint32_t code = (bits ^ (sign | 0x80000000u)) + (bits == 0x80000000u ? 1u : 0u);  // -0 becomes +0
+  code = (bits & 0x7fffffffu) > 0x7f800000u ? kCodeOfNaN : code;
+  return bits == 0x7f800000u ? kCodeOfInfinity : code;
 }
 
 }  // namespace fsdc

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // truncate: keep the `kept` best-scored tokens of each row, in ascending token order.
 //
-// Which   the larger score_key stays (score_order.h); of equal keys the newer token, that is the larger index.
+// Which   the larger score_code stays (score_order.h); of equal codes the newer token, that is the larger index.
 // Skipped with `has_skipped` one more entry follows: the sum of the tokens that were not kept, and index -1. The
 //         tokens are cut into kSumSegments runs of ceil(S / kSumSegments); each run is summed in ascending order,
 //         then the runs' sums are added in ascending order, all starting from +0, in fp32 (fp64 for fp64), rounded

@@ -6,16 +6,11 @@ is required there (`requires = []` in pyproject.toml): the build is shown the pa
 runs pip, and asks only for what is missing or too old among them.
 """
 
-import base64
-import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import os
-import runpy
 import subprocess
 import sys
-import zipfile
 
 # Torch 2.11 is content with the setuptools that a venv of Python 3.11 is born with, 65.5.
 OLDEST = {"setuptools": (64, 0), "torch": (2, 11)}
@@ -32,6 +27,7 @@ def _show_installed_packages():
     os.environ["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
 
 
+# Compared as numbers: packaging.version may be missing here, where nothing can be required yet.
 def _release(package):
     try:
         major, minor, *_ = importlib.metadata.version(package).split(".")
@@ -44,16 +40,12 @@ def _wanted(*packages):
     return [f"{name}>={'.'.join(map(str, OLDEST[name]))}" for name in packages if _release(name) < OLDEST[name]]
 
 
-def _writes_wheels():
-    return _release("setuptools") >= OWN_WHEELS or importlib.util.find_spec("wheel") is not None
-
-
 def get_requires_for_build_wheel(config_settings=None):
-    return _wanted("setuptools", "torch") + ([] if _writes_wheels() else ["wheel"])
+    writes_wheels = _release("setuptools") >= OWN_WHEELS or importlib.util.find_spec("wheel") is not None
+    return _wanted("setuptools", "torch") + ([] if writes_wheels else ["wheel"])
 
 
-def get_requires_for_build_editable(config_settings=None):
-    return _wanted("setuptools", "torch")
+get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def get_requires_for_build_sdist(config_settings=None):
@@ -69,50 +61,10 @@ def _of_setuptools(hook):
     return call
 
 
-def _run_setup(*arguments):
-    """Runs setup.py, and returns its distribution."""
-    sys.argv = ["setup.py", *arguments]
-    return runpy.run_path("setup.py", run_name="__main__")["distribution"]
-
-
-def _write_editable(distribution, folder):
-    """What `build_editable` does, for a setuptools that cannot: an editable wheel is a .pth file and metadata."""
-    name = f"{distribution.get_name()}-{distribution.get_version()}"
-    text = io.StringIO()
-    distribution.metadata.write_pkg_file(text)
-    head, _, readme = text.getvalue().partition("\n\n")
-    if "\nRequires-Dist: " not in head:  # setuptools had them in a file of its own
-        head += "".join(f"\nRequires-Dist: {wanted}" for wanted in distribution.install_requires)
-        for extra, requirements in distribution.extras_require.items():
-            head += "".join(f'\nRequires-Dist: {wanted}; extra == "{extra}"' for wanted in requirements)
-    scripts = "\n".join(distribution.entry_points["console_scripts"])
-    files = {
-        f"{name}.pth": os.path.abspath("python") + "\n",
-        f"{name}.dist-info/METADATA": f"{head}\n\n{readme}",
-        f"{name}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{name}.dist-info/entry_points.txt": f"[console_scripts]\n{scripts}\n",
-    }
-    record = ""
-    with zipfile.ZipFile(os.path.join(folder, f"{name}-py3-none-any.whl"), "w") as wheel:
-        for path, content in files.items():
-            digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).decode().rstrip("=")
-            record += f"{path},sha256={digest},{len(content.encode())}\n"
-            wheel.writestr(path, content)
-        wheel.writestr(f"{name}.dist-info/RECORD", f"{record}{name}.dist-info/RECORD,,\n")
-    return os.path.basename(wheel.filename)
-
-
-def _build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    return _write_editable(_run_setup("-q", "build_ext", "--inplace"), wheel_directory)
-
-
 _show_installed_packages()
 
 build_sdist = _of_setuptools("build_sdist")
 build_wheel = _of_setuptools("build_wheel")
+build_editable = _of_setuptools("build_editable")
 prepare_metadata_for_build_wheel = _of_setuptools("prepare_metadata_for_build_wheel")
-if _writes_wheels():
-    build_editable = _of_setuptools("build_editable")
-    prepare_metadata_for_build_editable = _of_setuptools("prepare_metadata_for_build_editable")
-else:
-    build_editable = _build_editable  # pip takes the metadata from the wheel
+prepare_metadata_for_build_editable = _of_setuptools("prepare_metadata_for_build_editable")

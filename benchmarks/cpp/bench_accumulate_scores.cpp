@@ -15,7 +15,7 @@ using namespace fsdc;
 
 constexpr int64_t kHeads = 8, kGroup = 4;
 
-void accumulate_scores(benchmark::State& state, const cpu::KernelTable& kernels) {
+void accumulate_scores(benchmark::State& state, cpu::Isa isa) {
   static const bench::ThreadPool threads;
   const int64_t queries = state.range(0), tokens = state.range(1);
   std::vector<float> scores(kHeads * tokens);
@@ -42,16 +42,16 @@ void accumulate_scores(benchmark::State& state, const cpu::KernelTable& kernels)
                             .query_weight_query_stride = 0,
                             .carry = nullptr,
                             .carry_stride = 0},
-                           threads, kernels);
+                           threads, isa);
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * int64_t(sizeof(float) * (weights.size() + 2 * scores.size())));
 }
 
 const bool kRegistered = [] {
-  for (const cpu::KernelTable* kernels : cpu::available_kernels()) {
-    benchmark::RegisterBenchmark(("accumulate_scores/" + std::string(kernels->isa)).c_str(), accumulate_scores,
-                                 *kernels)
+  for (const cpu::Isa isa : cpu::available_isas()) {
+    benchmark::RegisterBenchmark(("accumulate_scores/" + std::string(cpu::name_of(isa))).c_str(), accumulate_scores,
+                                 isa)
         ->Args({1, 1024})
         ->Args({1, 32768})
         ->Args({256, 4096})

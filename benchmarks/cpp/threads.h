@@ -29,6 +29,8 @@ class ThreadPool final : public cpu::Parallel {
     for (std::thread& worker : workers_) worker.join();
   }
 
+  int64_t threads() const override { return int64_t(workers_.size()) + 1; }
+
   void run(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body) const override {
     if (n <= 0) return;
     const int64_t pieces = std::min<int64_t>(int64_t(workers_.size()) + 1, (n + grain - 1) / grain);

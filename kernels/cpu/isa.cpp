@@ -4,50 +4,61 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fsdc::cpu {
 
-namespace portable {
-extern const KernelTable kKernels;
+const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
 }
+
 #if defined(__x86_64__)
-namespace avx2 {
-extern const KernelTable kKernels;
-}
-namespace avx512 {
-extern const KernelTable kKernels;
+static bool has_f16c() {  // __builtin_cpu_supports does not know it before clang 17
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
 }
 #endif
 
-const std::vector<const KernelTable*>& available_kernels() {
-  static const std::vector<const KernelTable*> available = [] {
-    std::vector<const KernelTable*> kernels;
+// The features are those of the targets in loops_includes.h.
+const std::vector<Isa>& available_isas() {
+  static const std::vector<Isa> available = [] {
+    std::vector<Isa> isas;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("popcnt");
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+                          __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma") && has_f16c();
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      kernels.push_back(&avx512::kKernels);
+      isas.push_back(Isa::kAvx512);
     }
-    if (has_avx2) kernels.push_back(&avx2::kKernels);
+    if (has_avx2) isas.push_back(Isa::kAvx2);
 #endif
-    kernels.push_back(&portable::kKernels);
-    return kernels;
+    isas.push_back(Isa::kPortable);
+    return isas;
   }();
   return available;
 }
 
-static std::atomic<const KernelTable*>& active() {
-  static std::atomic<const KernelTable*> kernels = available_kernels().front();
-  return kernels;
+static std::atomic<Isa>& active() {
+  static std::atomic<Isa> isa = available_isas().front();
+  return isa;
 }
 
-const KernelTable& active_kernels() { return *active(); }
+Isa active_isa() { return active(); }
 
-bool use_isa(const char* isa) {
-  for (const KernelTable* kernels : available_kernels()) {
-    if (std::strcmp(kernels->isa, isa) == 0) {
-      active() = kernels;
+bool use_isa(const char* name) {
+  for (const Isa isa : available_isas()) {
+    if (std::strcmp(name_of(isa), name) == 0) {
+      active() = isa;
       return true;
     }
   }

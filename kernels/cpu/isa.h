@@ -1,43 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops, once per instruction set. One source per loop is compiled in isa_portable.cpp, isa_avx2.cpp and
-// isa_avx512.cpp; which of them runs is decided once per process by what the processor can do.
+// The instruction sets that inner loops are compiled for; which one runs is decided once per process by what the
+// processor can do. Each operator has a table of its loops per instruction set, and may lack some of the sets: then the
+// next lower one runs. How an operator gets its tables: CONTRIBUTING.md.
 #pragma once
 
-#include <cstdint>
 #include <vector>
-
-#include "kernels/accumulate_scores.h"
-#include "kernels/truncate.h"
 
 namespace fsdc::cpu {
 
-struct KernelTable {
-  const char* isa;
-
-  // The `kept` best of `tokens` scores, ascending. See select_row.inc.
-  void (*select_row)(const float* scores, int64_t tokens, int64_t kept, int64_t* indices);
-
-  // Copies the rows that `indices[begin, end)` names. See copy_rows.inc.
-  void (*copy_rows)(const char* source, int64_t stride_bytes, int64_t row_bytes, const int64_t* indices, int64_t begin,
-                    int64_t end, char* out);
-
-  // Sums columns [begin, end) of the tokens of one row that are not in `kept_indices`. See sum_skipped.inc.
-  void (*sum_skipped)(const TruncateParams& params, const TokenRows& rows, int64_t row, const int64_t* kept_indices,
-                      int64_t begin, int64_t end);
-
-  // Adds the weights of columns [begin, end) of one row to its scores. See accumulate_columns.inc.
-  void (*accumulate_columns)(const AccumulateScoresParams& params, int64_t row, int64_t begin, int64_t end);
+// Each does all that those before it do.
+enum class Isa {
+  kPortable,  // any processor: SSE2 on x86-64, NEON on 64-bit Arm
+  kAvx2,      // with BMI, POPCNT, FMA and F16C
+  kAvx512,    // F, BW, DQ and VL
 };
 
+const char* name_of(Isa isa);
+
 // What this processor can run, best first.
-const std::vector<const KernelTable*>& available_kernels();
+const std::vector<Isa>& available_isas();
 
 // The best of them, unless use_isa chose another.
-const KernelTable& active_kernels();
+Isa active_isa();
 
-// Makes active_kernels those of the named instruction set; false if this processor lacks it. For tests.
-bool use_isa(const char* isa);
-
-inline const char* active_isa() { return active_kernels().isa; }
+// Makes the named one active; false if this processor lacks it. For tests.
+bool use_isa(const char* name);
 
 }  // namespace fsdc::cpu

@@ -10,7 +10,8 @@
 // Launch  128 threads, one block per 512 tokens of a row, all on grid.x. At most 64 registers, no shared
 //         memory: 8 blocks or more per SM, 50 % occupancy or more
 // Order   as prescribed, so bitwise equal to CPU and reference: every step rounded to fp32, nothing fused
-// Limits  2^31 - 1 blocks: else cudaErrorInvalidValue. Queries are not split, so few rows of few tokens with
+// Limits  2^31 - 1 blocks: else cudaErrorInvalidValue. Elements at multiples of their size: else
+//         cudaErrorMisalignedAddress. Queries are not split, so few rows of few tokens with
 //         many queries leave multiprocessors idle
 // Tested  tests/cuda, on the CPU thread by thread (docs/cuda_without_gpu.md); compiled for every architecture. Not
 //         timed on a device yet; to be timed by benchmarks/cuda/bench_accumulate_scores.cpp
@@ -20,7 +21,7 @@
 namespace fsdc::cuda {
 
 cudaError_t launch_accumulate_scores(const AccumulateScoresParams& params, cudaStream_t stream) {
-  return launch_accumulate_scores_kernel<128>(params, stream);
+  return launch_accumulate_scores_kernel<kAccumulateScoresThreads>(params, stream);
 }
 
 }  // namespace fsdc::cuda

@@ -39,6 +39,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+inline bool are_aligned(const AccumulateScoresParams& params) {
+  return is_aligned(params.scores, sizeof(float)) && is_aligned(params.weights, element_size(params.dtype)) &&
+         is_aligned(params.query_weights, sizeof(float)) && is_aligned(params.carry, sizeof(float));
+}
+
+constexpr int kAccumulateScoresThreads = 128;  // per block, as shipped; tests run smaller ones too
+
 template <int kThreads>
 cudaError_t launch_accumulate_scores_kernel(const AccumulateScoresParams& params, cudaStream_t stream) {
   constexpr int64_t kTileTokens = kThreads * kTokensPerThread;
@@ -46,6 +53,7 @@ cudaError_t launch_accumulate_scores_kernel(const AccumulateScoresParams& params
   const int64_t blocks = params.batch * params.heads * tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;  // of a grid
+  if (!are_aligned(params)) return cudaErrorMisalignedAddress;
   return with_element(params.dtype, [&](auto element) {
     using Element = typename decltype(element)::type;
     const Grid grid{.blocks = static_cast<unsigned>(blocks), .threads = kThreads};

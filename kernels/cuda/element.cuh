@@ -40,6 +40,11 @@ constexpr int access_bytes(uint64_t addresses_and_strides) {
   return static_cast<int>(bits & (~bits + 1));  // lowest bit set
 }
 
+// True where elements of `bytes` may begin there.
+inline bool is_aligned(const void* address, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(address) % static_cast<uintptr_t>(bytes) == 0;
+}
+
 template <int kBytes>
 struct AccessOf;
 template <>
@@ -93,6 +98,21 @@ cudaError_t with_element(DType dtype, Body body) {
       return body(ElementType<double>{});
   }
   return cudaErrorInvalidValue;
+}
+
+// The same inside a kernel, for what is not worth a kernel per type.
+template <class Body>
+__device__ void switch_element(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(ElementType<float>{});
+    case DType::kFloat16:
+      return body(ElementType<__half>{});
+    case DType::kBFloat16:
+      return body(ElementType<__nv_bfloat16>{});
+    case DType::kFloat64:
+      return body(ElementType<double>{});
+  }
 }
 
 }  // namespace fsdc::cuda

@@ -6,7 +6,8 @@
 
 #include "../accumulate_scores.h"
 #include "../truncate.h"
-#include "truncate_plan.h"
+#include "device.h"
+#include "truncate/plan.h"
 
 namespace fsdc::cuda {
 
@@ -14,9 +15,6 @@ namespace fsdc::cuda {
 // scores and the plan cannot sum them.
 cudaError_t launch_truncate(const TruncateParams& params, cudaStream_t stream);
 cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& plan, cudaStream_t stream);
-
-// What plans are made from, of the current device.
-cudaError_t current_device(Device& device);
 
 // True where launch_truncate on the current device takes `params.weights` instead of scores.
 bool truncate_sums_weights(const TruncateParams& params);

@@ -65,24 +65,56 @@ cudaError_t allow_all_shared_memory(Kernel* kernel) {
   return error;
 }
 
+// `cluster` must live as long as what is returned.
+inline cudaLaunchConfig_t launch_config(const Grid& grid, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = grid.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  return config;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
                    const Arguments&... arguments) {
   if (grid.shared_bytes > 0) {
     if (const cudaError_t error = allow_all_shared_memory(kernel); error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid.blocks);
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = stream;
   cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = grid.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = grid.cluster > 1 ? 1 : 0;
+  const cudaLaunchConfig_t config = launch_config(grid, stream, cluster);
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// The most blocks that a cluster of this kernel may have: 8, 4, 2 or 1. The driver says how many such clusters run at
+// the same time; none where a part of a GPU (MIG) has too few multiprocessors side by side. Asks from sm_90 on only.
+template <class... Parameters>
+cudaError_t largest_cluster(void (*kernel)(Parameters...), Grid grid, uint32_t& blocks) {
+  blocks = 1;
+  if (grid.shared_bytes > 0) {
+    if (const cudaError_t error = allow_all_shared_memory(kernel); error != cudaSuccess) return error;
+  }
+  for (grid.cluster = 8; grid.cluster > 1; grid.cluster /= 2) {
+    grid.blocks = grid.cluster;
+    cudaLaunchAttribute cluster{};
+    const cudaLaunchConfig_t config = launch_config(grid, nullptr, cluster);
+    int clusters = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error == cudaErrorInvalidClusterSize) {
+      (void)cudaGetLastError();  // an answer, not an error that others should hear of
+    } else if (error != cudaSuccess) {
+      return error;
+    } else if (clusters > 0) {
+      blocks = grid.cluster;
+      break;
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace fsdc::cuda
@@ -110,6 +142,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
                   .dynamic_shared_bytes = grid.shared_bytes,
                   .cluster = grid.cluster},
                  arguments...);
+  return cudaSuccess;
+}
+
+template <class... Parameters>
+cudaError_t largest_cluster(void (*)(Parameters...), Grid, uint32_t& blocks) {
+  blocks = ::simt::options().largest_cluster;
   return cudaSuccess;
 }
 

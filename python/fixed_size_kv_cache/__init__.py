@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A KV cache of fixed size that keeps the tokens with the most accumulated attention.
 
-Importing the package loads the operators ``torch.ops.fsdc.truncate`` and ``torch.ops.fsdc.accumulate_scores_``;
-:mod:`fixed_size_kv_cache.reference` documents and specifies them. What builds on Hugging Face transformers is loaded
-when it is first used, so the operators work without it.
+Importing the package loads the operators ``torch.ops.fsdc``: ``truncate``, ``accumulate_scores_`` and
+``decode_attention_``; :mod:`fixed_size_kv_cache.reference` documents and specifies them. What builds on Hugging Face
+transformers is loaded when it is first used, so the operators work without it.
 """
 
 import importlib

@@ -131,20 +131,23 @@ class FixedSizeDynamicCache(BaseCache):
                 )
             value_states = value_states.to(key_states.dtype)
         if not torch.compiler.is_compiling():
-            self._check_columns(layer_idx, key_states.shape[2])
-            if layer_idx == self.last_layer:
-                self._check_positions(layer.get_seq_length() + key_states.shape[2])
+            if layer_idx > 0:
+                self._check_steps(layer_idx, key_states.shape[2])
+            if layer_idx == self.last_layer and self.trained_positions is not None:
+                self._check_positions(layer.tokens_seen + key_states.shape[2])
         with _without_autograd():
             keys, values = layer.update(key_states, value_states)
         HANDOFF.offer(self, layer_idx, keys)
         return keys, values
 
-    def _check_columns(self, layer_idx: int, Q: int) -> None:
+    def _check_steps(self, layer_idx: int, Q: int) -> None:
         """A forward that broke off between layers left some of them a step behind."""
-        first, layer = next(x for x in self.layers if isinstance(x, FixedSizeLayer)), self.layers[layer_idx]
+        first, layer = self.layers[0], self.layers[layer_idx]
+        if not isinstance(first, FixedSizeLayer):  # one of transformers' own
+            first = next(x for x in self.layers if isinstance(x, FixedSizeLayer))
         if layer is first or first.staged is not None:
             return
-        ahead, expected = first.get_seq_length(), layer.get_seq_length() + Q
+        ahead, expected = first.tokens_seen, layer.tokens_seen + Q
         if ahead and ahead != expected:
             raise RuntimeError(
                 f"update: layer {layer_idx} must have seen as many tokens as the layers before it, {ahead} with this "
@@ -152,7 +155,7 @@ class FixedSizeDynamicCache(BaseCache):
             )
 
     def _check_positions(self, seen: int) -> None:
-        if self.trained_positions is not None and seen > self.trained_positions:
+        if seen > self.trained_positions:
             _warn_of_positions(self.trained_positions)
 
     def attend(self, layer_idx: int, query_states: Tensor, attention_mask: Tensor | None, rule: LogitRule) -> Tensor:
@@ -182,7 +185,8 @@ class FixedSizeDynamicCache(BaseCache):
             layer.check_past(attention_mask)
         with _without_autograd():
             output = layer.attend(query_states, attention_mask, rule)
-        self._free_memory(layer_idx, query_states.shape[2])
+        if self.settings.free_memory:
+            self._free_memory(layer_idx, query_states.shape[2])
         return output
 
     def activate_past_recording(self) -> None:
@@ -291,7 +295,8 @@ class FixedSizeDynamicCache(BaseCache):
             layer.fold(attn_weights)
         held = layer.held()
         layer.last_returned = (weakref.ref(held[0]), weakref.ref(held[1]))
-        self._free_memory(layer_idx, stage.queries)
+        if self.settings.free_memory:
+            self._free_memory(layer_idx, stage.queries)
         return held
 
     @property
@@ -371,7 +376,7 @@ class FixedSizeDynamicCache(BaseCache):
 
     def _free_memory(self, layer_idx: int, queries: int) -> None:
         """Once per forward, after the last layer's compaction, never in a decode step or while a graph is captured."""
-        if not self.settings.free_memory or queries == 1 or layer_idx != self.last_layer:
+        if queries == 1 or layer_idx != self.last_layer:
             return
         if self.layers[layer_idx].device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             torch.cuda.empty_cache()

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "kernels/accumulate_scores.h"
-#include "kernels/cuda/truncate_plan.h"
+#include "kernels/cuda/truncate/plan.h"
 #include "kernels/truncate.h"
 
 namespace fsdc::test {
@@ -29,8 +29,10 @@ class DeviceMemory {
   size_t bytes_;
 };
 
-// In how many orders threads can be made to run, and the choice of one. A GPU has its own.
+// In how many orders threads can be made to run, and the choice of one. A GPU has its own. Where blocks are smaller than
+// they ship, so that they run quickly, the last of all_orders() makes them as they ship.
 int orders();
+int all_orders();
 void use_order(int order);
 
 // False where checks make kernels slow: then not every case runs in every way.
@@ -38,6 +40,9 @@ bool is_fast();
 
 // Blocks that this device lets read each other's memory, at most: 1 or 8.
 uint32_t most_in_cluster();
+
+// Makes it fewer, up to the next use_order; false where that is not to be had.
+bool limit_clusters(uint32_t blocks);
 
 // Tokens that a block goes through in one round of its loops; in two or more of those that take smaller steps.
 int64_t tokens_per_round();

@@ -2,6 +2,7 @@
 // A GPU, and the kernels as they ship.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -34,14 +35,17 @@ Bytes DeviceMemory::copy() const {
 }
 
 int orders() { return 1; }
+int all_orders() { return 1; }
 void use_order(int) {}
 bool is_fast() { return true; }
 
 uint32_t most_in_cluster() {
   cuda::Device device{};
   check(cuda::current_device(device));
-  return device.has_clusters ? 8 : 1;
+  return std::min(device.largest_cluster, 8u);
 }
+
+bool limit_clusters(uint32_t) { return false; }
 
 int64_t tokens_per_round() { return 512 * 8; }
 

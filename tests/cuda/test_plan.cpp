@@ -2,7 +2,7 @@
 // How truncate shares its work on devices of several kinds. Needs no device.
 #include <catch2/catch_test_macros.hpp>
 
-#include "kernels/cuda/truncate_plan.h"
+#include "kernels/cuda/truncate/plan.h"
 
 using namespace fsdc;
 using cuda::Device;
@@ -11,9 +11,10 @@ using cuda::TruncatePlan;
 
 namespace {
 
-constexpr Device kH200{132, 227 << 10, 228 << 10, true};
-constexpr Device kA100{108, 163 << 10, 164 << 10, false};
-constexpr Device kL40{142, 99 << 10, 100 << 10, false};
+constexpr Device kH200{132, 227 << 10, 228 << 10, 8};
+constexpr Device kA100{108, 163 << 10, 164 << 10, 1};
+constexpr Device kPartOfH200{16, 227 << 10, 228 << 10, 4};  // as if clusters of 8 found no place
+constexpr Device kL40{142, 99 << 10, 100 << 10, 1};
 
 // bf16, D = 128
 TruncateParams shape(int64_t rows, int64_t tokens, int64_t kept, bool has_skipped = false) {
@@ -49,19 +50,19 @@ TEST_CASE("plan: few rows get clusters where there are any") {
   const TruncatePlan clusters = plan_truncate(shape(8, 32768, 1024), kH200);
   CHECK(clusters.cluster == 8);
   CHECK(clusters.clusters_per_row == 2);  // 128 of 132 multiprocessors
-  CHECK(clusters.keys_on_chip);
+  CHECK(clusters.codes_on_chip);
   const TruncatePlan alone = plan_truncate(shape(8, 32768, 1024), kA100);
   CHECK(alone.cluster == 1);
   CHECK(alone.clusters_per_row == 13);
-  CHECK(alone.keys_on_chip);
+  CHECK(alone.codes_on_chip);
 }
 
 TEST_CASE("plan: many rows get a block each, and so does what is too small to share") {
-  for (const Device& device : {kH200, kA100, kL40}) {
+  for (const Device& device : {kH200, kPartOfH200, kA100, kL40}) {
     for (const TruncateParams& params : {shape(2048, 4096, 1024), shape(1, 40, 20), shape(0, 40, 20)}) {
       const TruncatePlan plan = plan_truncate(params, device);
       CHECK(plan.blocks_per_row() == 1);
-      CHECK(plan.keys_on_chip);
+      CHECK(plan.codes_on_chip);
     }
   }
 }
@@ -69,23 +70,23 @@ TEST_CASE("plan: many rows get a block each, and so does what is too small to sh
 TEST_CASE("plan: rows longer than a block's memory get a cluster, then are read again") {
   CHECK(plan_truncate(shape(256, 32768, 1024), kH200).cluster == 2);  // two blocks per multiprocessor
   CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).cluster == 8);
-  CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).keys_on_chip);
-  CHECK_FALSE(plan_truncate(shape(256, 1'000'000, 1024), kH200).keys_on_chip);
-  CHECK_FALSE(plan_truncate(shape(256, 32768, 1024), kL40).keys_on_chip);
+  CHECK(plan_truncate(shape(256, 300'000, 1024), kH200).codes_on_chip);
+  CHECK_FALSE(plan_truncate(shape(256, 1'000'000, 1024), kH200).codes_on_chip);
+  CHECK_FALSE(plan_truncate(shape(256, 32768, 1024), kL40).codes_on_chip);
 }
 
-TEST_CASE("plan: keys fit, and no more blocks than multiprocessors share few rows") {
-  for (const Device& device : {kH200, kA100, kL40}) {
+TEST_CASE("plan: codes fit, and no more blocks than multiprocessors share few rows") {
+  for (const Device& device : {kH200, kPartOfH200, kA100, kL40}) {
     for (const int64_t rows : {1, 7, 8, 64, 133, 2049}) {
       for (const int64_t tokens : {1, 17, 4096, 32768, 131073, 2'000'000}) {
         for (const bool has_skipped : {false, true}) {
           const TruncateParams params = shape(rows, tokens, tokens / 2, has_skipped);
           const TruncatePlan plan = plan_truncate(params, device);
           CAPTURE(device.multiprocessors, rows, tokens, has_skipped, plan.cluster, plan.clusters_per_row);
-          CHECK((plan.cluster == 1 || device.has_clusters));
+          CHECK(plan.cluster <= device.largest_cluster);
           CHECK((plan.cluster & (plan.cluster - 1)) == 0);
           CHECK(plan.cluster <= 8);
-          CHECK(cuda::key_bytes(params, plan) + (27 << 10) <= device.shared_bytes_per_block);
+          CHECK(cuda::code_bytes(params, plan) + (27 << 10) <= device.shared_bytes_per_block);
           CHECK(rows * (plan.clusters_per_row - 1) * plan.cluster <= device.multiprocessors);
           // Nothing is left over between the blocks of a cluster.
           CHECK(plan.cluster * cuda::tokens_per_block(tokens, plan.cluster) >= tokens);
@@ -98,14 +99,14 @@ TEST_CASE("plan: keys fit, and no more blocks than multiprocessors share few row
 TEST_CASE("plan: weights are summed on the way in where each is read once") {
   CHECK_FALSE(cuda::can_sum_weights({1, 2, true}));
   CHECK_FALSE(cuda::can_sum_weights({1, 1, false}));
-  for (const Device& device : {kH200, kA100, kL40}) {
+  for (const Device& device : {kH200, kPartOfH200, kA100, kL40}) {
     for (const int64_t rows : {1, 8, 64, 2049}) {
       for (const int64_t tokens : {1, 17, 4096, 16384, 32768, 300'000, 2'000'000}) {
         for (const bool has_skipped : {false, true}) {
           const TruncateParams params = shape_with_weights(rows, tokens, tokens / 2, 1, has_skipped);
           const TruncatePlan plan = plan_truncate(params, device);
           CAPTURE(device.multiprocessors, rows, tokens, has_skipped, plan.cluster, plan.clusters_per_row);
-          const int64_t on_chip = (device.shared_bytes_per_block - (28 << 10)) / 4 * (device.has_clusters ? 8 : 1);
+          const int64_t on_chip = (device.shared_bytes_per_block - (28 << 10)) / 4 * device.largest_cluster;
           CHECK(cuda::can_sum_weights(plan) == (tokens <= on_chip));
         }
       }

@@ -20,15 +20,22 @@ struct TruncateCase {
   bool has_skipped = false;
   DType dtype = DType::kFloat32;
   int64_t key_dim = 4, value_dim = 4;
-  int64_t token_padding = 0;       // elements between tokens
-  int64_t unaligned_elements = 0;  // from the start of an allocation to the first token
-  bool broadcast_tokens = false;   // every token is the same one
-  std::vector<float> scores = {};  // [B, H, S]
+  int64_t token_padding = 0;         // elements between tokens
+  int64_t head_padding = 0;          // between heads
+  int64_t batch_padding = 0;         // between batch rows
+  bool tokens_before_heads = false;  // [B, S, H, D], seen as [B, H, S, D]
+  int64_t unaligned_elements = 0;    // from the start of an allocation to the first token
+  int64_t unaligned_out = 0;         // the same of what is written
+  bool broadcast_tokens = false;     // every token is the same one
+  int64_t score_padding = 0;         // scores between heads, and once more between batch rows
+  std::vector<float> scores = {};    // [B, H, S], with the padding
   WeightsCase weights = {};
   cuda::TruncatePlan plan = {};  // on the device
 
   int64_t rows() const { return batch * heads; }
   int64_t entries() const { return kept + has_skipped; }
+  int64_t score_head_stride() const { return tokens + score_padding; }
+  int64_t score_batch_stride() const { return heads * score_head_stride() + score_padding; }
 };
 
 struct TruncateResult {
@@ -45,19 +52,30 @@ namespace detail {
 
 struct Source {
   Bytes bytes;
-  int64_t offset, token_stride, head_stride;
+  int64_t offset, token_stride, head_stride, batch_stride;
 };
 
 inline Source source_of(const TruncateCase& which, int64_t dim, uint32_t seed) {
-  const int64_t stride = which.broadcast_tokens ? 0 : dim + which.token_padding;
-  const int64_t head_stride = which.broadcast_tokens ? dim : which.tokens * stride;
-  const int64_t count = which.unaligned_elements + which.rows() * head_stride;
-  return {random_elements(which.dtype, count, seed), which.unaligned_elements * element_size(which.dtype), stride,
-          head_stride};
+  const int64_t width = dim + which.token_padding;
+  int64_t token = width, head = which.tokens * width + which.head_padding;
+  if (which.broadcast_tokens) {
+    token = 0, head = dim;
+  } else if (which.tokens_before_heads) {
+    token = which.heads * width, head = width;
+  }
+  const int64_t batch = which.heads * (which.tokens_before_heads ? which.tokens * width : head) + which.batch_padding;
+  const int64_t count = which.unaligned_elements + which.batch * batch;
+  return {random_elements(which.dtype, count, seed), which.unaligned_elements * element_size(which.dtype), token, head,
+          batch};
 }
 
 inline TokenRows token_rows(const TruncateCase& which, const Source& source, int64_t dim, const char* data, char* out) {
-  return {data + source.offset, which.heads * source.head_stride, source.head_stride, source.token_stride, dim, out};
+  return {.source = data + source.offset,
+          .batch_stride = source.batch_stride,
+          .head_stride = source.head_stride,
+          .token_stride = source.token_stride,
+          .head_dim = dim,
+          .out = out + which.unaligned_out * element_size(which.dtype)};
 }
 
 // What nobody writes differs between CPU and device, and so is found.
@@ -67,10 +85,22 @@ struct Outputs {
   Bytes keys, values, indices;
 
   Outputs(const TruncateCase& which, char unwritten)
-      : keys(size_t(which.rows() * which.entries() * which.key_dim * element_size(which.dtype)), unwritten),
-        values(size_t(which.rows() * which.entries() * which.value_dim * element_size(which.dtype)), unwritten),
+      : keys(rows_of(which, which.key_dim), unwritten),
+        values(rows_of(which, which.value_dim), unwritten),
         indices(size_t(which.rows() * which.entries() * 8), unwritten) {}
+
+ private:
+  static size_t rows_of(const TruncateCase& which, int64_t dim) {
+    return size_t((which.unaligned_out + which.rows() * which.entries() * dim) * element_size(which.dtype));
+  }
 };
+
+// Without what lies before the first row.
+inline TruncateResult result_of(const TruncateCase& which, Bytes keys, Bytes values, Bytes indices) {
+  const int64_t before = which.unaligned_out * element_size(which.dtype);
+  for (Bytes* rows : {&keys, &values}) rows->erase(rows->begin(), rows->begin() + before);
+  return {keys, values, indices};
+}
 
 // The weights [B, H * G, Q, S] at `weights`, to be summed into `scores`.
 inline AccumulateScoresParams weight_params(const TruncateCase& which, const char* weights, float* scores) {
@@ -118,11 +148,18 @@ inline TruncateParams params_of(const TruncateCase& which, const void* scores, T
           .has_skipped = which.has_skipped,
           .dtype = which.dtype,
           .scores = static_cast<const float*>(scores),
-          .score_batch_stride = which.heads * which.tokens,
-          .score_head_stride = which.tokens,
+          .score_batch_stride = which.score_batch_stride(),
+          .score_head_stride = which.score_head_stride(),
           .keys = keys,
           .values = values,
           .indices = reinterpret_cast<int64_t*>(indices)};
+}
+
+// As far as plans look at it.
+inline TruncateParams shape_of(const TruncateCase& which) {
+  static const float kScore = 0;
+  const TokenRows keys{nullptr, 0, 0, 0, which.key_dim, nullptr}, values{nullptr, 0, 0, 0, which.value_dim, nullptr};
+  return params_of(which, which.weights.is_used ? nullptr : &kScore, keys, values, nullptr);
 }
 
 }  // namespace detail
@@ -140,7 +177,7 @@ inline TruncateResult truncate_on_cpu(const TruncateCase& which) {
       params_of(which, scores.data(), token_rows(which, keys, which.key_dim, keys.bytes.data(), out.keys.data()),
                 token_rows(which, values, which.value_dim, values.bytes.data(), out.values.data()), out.indices.data()),
       cpu::Sequential());
-  return {out.keys, out.values, out.indices};
+  return result_of(which, out.keys, out.values, out.indices);
 }
 
 inline TruncateResult truncate_on_device(const TruncateCase& which) {
@@ -157,13 +194,14 @@ inline TruncateResult truncate_on_device(const TruncateCase& which) {
                 token_rows(which, values, which.value_dim, source_values.data(), out_values.data()), indices.data());
   if (sums) params.weights = weight_params(which, scores.data(), nullptr);
   truncate(params, which.plan);
-  return {out_keys.copy(), out_values.copy(), indices.copy()};
+  return result_of(which, out_keys.copy(), out_values.copy(), indices.copy());
 }
 
 inline void check_truncate(const TruncateCase& which, const TruncateResult& expected) {
-  CAPTURE(which.plan.cluster, which.plan.clusters_per_row, which.plan.keys_on_chip, which.weights.is_used);
+  CAPTURE(which.plan.cluster, which.plan.clusters_per_row, which.plan.codes_on_chip, which.weights.is_used);
   CAPTURE(which.batch, which.heads, which.tokens, which.kept, which.has_skipped, int(which.dtype), which.key_dim,
-          which.value_dim, which.token_padding, which.unaligned_elements, which.broadcast_tokens);
+          which.value_dim, which.token_padding, which.head_padding, which.batch_padding, which.tokens_before_heads,
+          which.unaligned_elements, which.unaligned_out, which.broadcast_tokens, which.score_padding);
   require_same(which.dtype, truncate_on_device(which), expected);
 }
 

@@ -3,6 +3,8 @@
 
 import torch
 
+from fixed_size_kv_cache.layer.attention import LogitRule
+
 PLAIN = dict(score_decay=1.0, score_prior=0.0, value_weight=False, redundancy=0.0, sink_tokens=0, recent_tokens=0)
 
 
@@ -11,6 +13,12 @@ def step(cache, keys, values, weights, layer_idx=0):
     seen, _ = cache.update(keys, values, layer_idx)
     query = torch.zeros(*weights.shape[:3], keys.shape[-1])
     return cache.cache_truncate(layer_idx, query, seen, weights)
+
+
+def attend(cache, x, mask=None, rule=LogitRule(0.5)):  # noqa: B008  (a tuple)
+    """One step: ``x`` ``[B, heads, Q, D]`` holds the keys and the values of two KV heads, and then the queries."""
+    cache.update(x[:, :2], x[:, 2:4], 0)
+    return cache.attend(0, x[:, 4:], mask, rule)
 
 
 def one_token(value: float, H: int = 2, D: int = 3) -> torch.Tensor:

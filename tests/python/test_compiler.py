@@ -4,10 +4,15 @@
 import pytest
 import torch
 import torch._inductor.config
+from decode_case import STATE, random_case
 from inputs import FLOATING, assert_all_same_bits, rows
+from test_chunk_attention import OPTIONS, case
 
 TRUNCATE = torch.ops.fsdc.truncate.default
 ACCUMULATE = torch.ops.fsdc.accumulate_scores_.default
+DECODE = torch.ops.fsdc.decode_attention_.default
+
+CHUNK = torch.ops.fsdc.chunk_attention_.default
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -25,6 +30,17 @@ def test_opcheck_accumulate_scores(optional, dtype, device):
     weights = torch.rand(2, 8, 3, 20, device=device).to(dtype)
     more = (torch.rand(2, 3, device=device), torch.rand(2, device=device)) if optional else ()
     torch.library.opcheck(ACCUMULATE, (torch.rand(2, 4, 20, device=device), weights, *more))
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("more", [{}, {"entry": "mean", "softcap": 3.0}, {"slots": [5, 12], "length": 7}], ids=str)
+def test_opcheck_decode_attention(more, dtype):
+    optional = {"sinks": torch.zeros(4), "valid": torch.tensor([True, False]), "protected": torch.tensor([False, True])}
+    for arguments in (
+        random_case(dtype=dtype, **more).arguments,
+        random_case(dtype=dtype, **more, **optional).arguments,
+    ):
+        torch.library.opcheck(DECODE, (), arguments)
 
 
 @pytest.mark.parametrize("include_skipped", [False, True])
@@ -61,6 +77,60 @@ def test_export(bounds, device):
         assert_all_same_bits(program.module()(keys, scores), TRUNCATE(keys, keys, scores, 16))
 
 
+def decode_steps(operator, case, steps: int) -> tuple[list, set]:
+    """Outputs of so many steps with numbers of their own, and the addresses that the state had on the way."""
+    generator, outputs, addresses = torch.Generator().manual_seed(1), [], set()
+    for _ in range(steps):
+        query, new_keys, new_values = (
+            torch.randn(x.shape, generator=generator).to(x.dtype) for x in (case.query, case.new_keys, case.new_values)
+        )
+        outputs.append(operator(query, new_keys, new_values, *(getattr(case, name) for name in STATE)))
+        addresses.add(tuple(getattr(case, name).data_ptr() for name in case.written))
+    return outputs, addresses
+
+
+def decode_step(case):
+    """A step of a model around the operator, that looks at all slots: its shapes do not know how many are in use."""
+    first = ("query", "new_keys", "new_values", *STATE)
+    rest = {name: x for name, x in case.arguments.items() if name not in first} | {"length": 12}
+
+    def step(query, new_keys, new_values, *state):
+        return DECODE(query * 0.5, new_keys, new_values + 1, *state, **rest) * 2
+
+    return step
+
+
+@pytest.mark.parametrize("entry", [None, "mean"])
+def test_one_graph_and_fixed_addresses_for_a_hundred_steps(entry):
+    case = random_case(length=0, entry=entry)
+    eager = case.clone()
+    torch._dynamo.reset()
+    compiled = torch.compile(decode_step(case), fullgraph=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        outputs, addresses = decode_steps(compiled, case, 100)
+        expected, _ = decode_steps(decode_step(eager), eager, 100)
+    assert len(addresses) == 1
+    assert_all_same_bits(outputs, expected)
+    assert_all_same_bits([getattr(case, x) for x in case.written], [getattr(eager, x) for x in case.written])
+    assert (case.positions[:, :, :12] >= 0).all() and case.seen.tolist() == [100, 100]
+
+
+def test_export_of_a_step():
+    case = random_case(length=0)
+    eager = case.clone()
+
+    class Step(torch.nn.Module):
+        forward = staticmethod(decode_step(case))
+
+    state = [getattr(case, name) for name in STATE]
+    program = torch.export.export(Step(), (case.query, case.new_keys, case.new_values, *(x.clone() for x in state)))
+    assert sum("decode_attention_" in str(node.target) for node in program.graph.nodes) == 1
+    outputs, _ = decode_steps(program.module(), case, 20)
+    expected, _ = decode_steps(decode_step(eager), eager, 20)
+    assert_all_same_bits(outputs, expected)
+    assert_all_same_bits(state, [getattr(eager, name) for name in STATE])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graph():
     keys, scores = rows(1, 2, 500, 64, device="cuda"), torch.rand(1, 2, 500, device="cuda")
@@ -74,3 +144,43 @@ def test_cuda_graph():
         scores.uniform_()
         graph.replay()
         assert_all_same_bits(captured, TRUNCATE(keys, keys, scores, 100))
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_opcheck_chunk_attention(options, dtype):
+    arguments = case(B=2, T=11, Q=5, dtype=dtype, **options)
+    torch.library.opcheck(CHUNK, [arguments.pop(name) for name in ("query", "keys", "values")], arguments)
+
+
+def test_opcheck_chunk_attention_of_different_heads():
+    arguments = case(H=1, T=25, Q=5)
+    flat = [arguments["query"].repeat(1, 2, 1, 1), arguments["keys"][:, 0], arguments["values"][:, 0]]
+    layout = torch.tensor([[0, 3], [8, 17]], dtype=torch.int32)
+    torch.library.opcheck(CHUNK, flat, {"scaling": 1.0, "facts": arguments["facts"][:, :, 0], "head_layout": layout})
+
+
+def attend(query, keys, values, facts):
+    facts = facts + 1
+    return CHUNK(query * 2, keys, values, scaling=0.5, facts=facts, redundancy=True), facts
+
+
+def test_one_graph_of_chunk_attention():
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True)
+    no_caches = torch._inductor.config.patch(force_disable_caches=True)
+    with torch.no_grad(), no_caches, torch._dynamo.config.patch(error_on_recompile=True):
+        for T, Q in ((40, 5), (0, 64), (64, 65), (300, 7)):
+            arguments = [x for name, x in case(T=T, Q=Q).items() if name not in ("scaling", "redundancy")]
+            assert_all_same_bits(compiled(*arguments), attend(*arguments))
+
+
+def test_export_of_chunk_attention():
+    class Attend(torch.nn.Module):
+        def forward(self, query, keys, values, facts):
+            return attend(query, keys, values, facts)
+
+    arguments = [x for name, x in case(T=40, Q=9).items() if name not in ("scaling", "redundancy")]
+    with torch.no_grad():
+        exported = torch.export.export(Attend(), tuple(arguments)).module()
+        assert_all_same_bits(exported(*arguments), attend(*arguments))

@@ -82,6 +82,20 @@ def test_is_captured_in_a_graph_and_replayed_with_new_inputs(include_skipped):
         assert_is(out, reference.truncate(keys.cpu(), values.cpu(), sums, 100, include_skipped=include_skipped))
 
 
+def test_cuda_graph():
+    keys, scores = rows(1, 2, 500, 64, device="cuda"), torch.rand(1, 2, 500, device="cuda")
+    truncate(keys, keys, scores, 100)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = truncate(keys, keys, scores, 100)
+    for _ in range(3):
+        keys.normal_()
+        scores.uniform_()
+        graph.replay()
+        assert_all_same_bits(captured, truncate(keys, keys, scores, 100))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
 def test_runs_on_the_device_of_its_inputs():
     arguments = inputs(device="cuda:1")

@@ -16,7 +16,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from fixed_size_kv_cache import dynamic_cache, settings
 from fixed_size_kv_cache.huggingface import enabling
+from fixed_size_kv_cache.layer import score_rule
 from fixed_size_kv_cache.operators import reference
+from fixed_size_kv_cache.operators.register import OPERATORS
 from fixed_size_kv_cache.recall import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +75,7 @@ def test_readme_cpp_is_compiled():
 
 
 def test_docstring_examples():
-    for module, least in ((reference, 4), (dynamic_cache, 5), (settings, 1), (enabling, 7)):
+    for module, least in ((reference, 6), (dynamic_cache, 5), (settings, 1), (enabling, 7)):
         names = {"torch": torch, "FixedSizeDynamicCache": dynamic_cache.FixedSizeDynamicCache}
         names |= {"enable": enabling.enable, "FixedSizeCacheConfig": settings.FixedSizeCacheConfig}
         result = doctest.testmod(module, extraglobs=names)
@@ -90,6 +92,22 @@ def test_links_lead_somewhere(document):
         assert ((ROOT / document).parent / link).exists(), link
 
 
+def test_paths_that_are_named_exist():
+    """In documents and in comments of C++ sources; NAME stands for any operator."""
+    sources = [path for folder in ("csrc", "kernels") for path in (ROOT / folder).rglob("*.*")]
+    text = "\n".join(path.read_text() for path in (*sources, *(ROOT / document for document in DOCUMENTS)))
+    named = set(re.findall(r"(?<![\w/.-])(?:python|csrc|kernels|tests|benchmarks|docs)/[\w/.-]*\w", text))
+    assert len(named) > 30
+    assert [path for path in sorted(named) if "NAME" not in path and not (ROOT / path).exists()] == []
+
+
+def test_the_score_rule_cites_the_sources_of_its_page():
+    cited = re.findall(r"arXiv (\d{4}\.\d{5})", score_rule.__doc__)
+    page = (ROOT / "docs/eviction.md").read_text()
+    assert len(cited) == 5
+    assert re.findall(r"\[arXiv (\d{4}\.\d{5})\]\(https://arxiv\.org/abs/\1\)", page) == cited
+
+
 def test_figures_are_those_of_the_results(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks/python")
     import tables
@@ -104,7 +122,12 @@ def test_the_operators_page_is_that_of_the_docstrings(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     import write_operators
 
-    assert list(write_operators.schemas()) == ["truncate", "accumulate_scores_"]
+    assert list(write_operators.schemas()) == [
+        "truncate",
+        "accumulate_scores_",
+        "decode_attention_",
+        "chunk_attention_",
+    ]
     assert write_operators.PAGE.read_text() == write_operators.page()
 
 

@@ -296,6 +296,18 @@ def test_what_the_attention_does_not_know_is_refused():
         fsdc_attention(module, x, keys, values, None, dropout=0.1)
 
 
+def test_a_second_attention_to_the_same_keys_is_refused():
+    """Keys that two layers share: the votes of the second would go to nobody, and it would attend to what is gone."""
+    module, x = tiny_llama().model.layers[0].self_attn, torch.randn(1, 8, 5, 8, dtype=torch.float64)
+    cache = FixedSizeDynamicCache(cache_size=4)
+    for _ in range(2):
+        keys, values = cache.update(x[:, :4], x[:, 4:], 0)
+        fsdc_attention(module, x, keys, values, None)
+        with pytest.raises(NotImplementedError, match=r"LlamaAttention: .*attends to them again.*call disable"):
+            fsdc_attention(module, x, keys, values, None)
+    assert cache.get_seq_length() == 10
+
+
 def test_queries_with_gradients_are_refused():
     cache = new_cache(tiny_llama(), 12)
     x = torch.ones(1, 8, 3, 8, dtype=torch.float64)

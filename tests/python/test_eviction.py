@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tokens FixedSizeDynamicCache keeps, and the entry of those it does not."""
 
+import itertools
 import warnings
 
 import pytest
 import torch
+from inputs import INF, NAN
 from llamas import feed, held_positions, new_cache, recipe, tiny_llama, tokens
-from steps import PLAIN, last_column, one_token, step
+from steps import PLAIN, attend, last_column, one_token, step
 
+from fixed_size_kv_cache import reference
 from fixed_size_kv_cache import settings as settings_module
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
 from fixed_size_kv_cache.layer import chunk, decode
@@ -108,6 +111,19 @@ def test_equal_scores_go_by_position():
     assert least(e, torch.tensor([[[1, 9, 4, 2]]], dtype=torch.int32)).item() == 2
 
 
+def test_the_victim_is_the_least_by_the_order_of_the_operators():
+    """``least`` looks for one slot in another way than ``truncate`` sorts: every three scores in every order of age."""
+    scores = [0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, NAN, -NAN, INF, -INF]
+    cases = list(itertools.product(itertools.product(scores, repeat=3), itertools.permutations(range(3))))
+    eviction = torch.tensor([case for case, _ in cases])[:, None]  # [cases, 1, 3]
+    age = torch.tensor([order for _, order in cases], dtype=torch.int32)[:, None]
+    positions = age.masked_fill(eviction == -INF, -1)  # an empty slot has none, and of those the first goes
+    victims = least(eviction, positions).flatten().tolist()
+    ranks = reference.rank(eviction).flatten(1).tolist()
+    for case, rank, position, victim in zip(cases, ranks, positions.flatten(1).tolist(), victims, strict=True):
+        assert victim == min(range(3), key=lambda slot: (rank[slot], position[slot], slot)), case
+
+
 def test_query_weights_of_a_padded_row():
     valid = torch.tensor([[True, True, True], [False, True, True], [False, False, False]])
     weights, carry = query_weights(valid, 0.5)
@@ -147,6 +163,22 @@ def test_chunks_score_as_their_tokens_one_by_one(settings):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_a_chunk_of_several_blocks_decays_old_scores_once():
+    """Queries are worked off 128 at a time; however many blocks there are, the tokens go in the order of one by one."""
+    x = torch.randn(1, 8, 345, 4)
+    chunks, singles = (FixedSizeDynamicCache(cache_size=305, sink_tokens=0, recent_tokens=0) for _ in range(2))
+    assert chunks.settings.score_decay < 1
+    for part in x[:, :, :305].split([5, 300], dim=2):
+        attend(chunks, part)
+    for part in x[:, :, :305].split(1, dim=2):
+        attend(singles, part)
+    for i in range(305, 345):
+        for cache in (chunks, singles):
+            attend(cache, x[:, :, i : i + 1])
+        held, expected = (cache.get_positions(0).sort(-1).values for cache in (chunks, singles))
+        assert torch.equal(held, expected), i
+
+
 def test_decoding_evicts_as_a_sorted_list_would():
     """The slots against a plain list of tokens per head that is sorted at every step."""
     torch.manual_seed(0)
@@ -181,9 +213,9 @@ def test_decoding_evicts_as_a_sorted_list_would():
             assert held_positions(layer)[h] == [t["position"] for t in lists[h]], (position, h)
 
 
-def attend_as_a_chunk(slots, settings, stage, query, rule, skipped):
+def attend_as_a_chunk(slots, settings, stage, query, rule):
     visibility = Visibility(stage.held, 1, slots.read(stage.held).positions >= 0, stage.new)
-    return chunk.attend(slots, settings, stage, query, rule, visibility, skipped)
+    return chunk.attend(slots, settings, stage, query, rule, visibility, slots.skipped)
 
 
 @pytest.mark.parametrize("include_skipped", [False, True])

@@ -61,9 +61,7 @@ def test_the_embedded_model_answers(how, tmp_path):
     done = run(*given, "--max-new-tokens", "2", stdin=QUESTION if how == "-" else "")
     assert done.exit_code == 0, done.stderr
     assert done.stdout == "47 .\n"
-    assert (
-        "24 tokens seen, 24 held by each layer and KV head; cache 1.1 MiB allocated, in full 24.0 KiB; " in done.stderr
-    )
+    assert "24 tokens seen, 24 held by each layer and KV head; cache 1.1 MB allocated, in full 24.6 kB; " in done.stderr
 
 
 def test_the_embedded_model_takes_one_thread(monkeypatch):
@@ -89,7 +87,7 @@ def test_any_llama_folder_and_json(folder):
     assert found["prompt_tokens"] == 160 and len(found["tokens"]) == 30
     assert found["tokens_seen"] == 189 and found["tokens_held"] == 16
     per_token = 2 * 3 * 2 * 8 * 4  # keys and values, layers, heads, dimension, bytes
-    facts = 3 * (17 * 2 * 5 * 4 + 4 + 4 + 8)  # layers: five facts of each slot and head, and what is kept per row
+    facts = 3 * (17 * 2 * (4 + 1) * 4 + 4 + 8)  # layers: of each slot and head facts and position, and what was seen
     assert found["cache_bytes"] == 17 * per_token + facts  # all that is allocated: a slot for the new token too
     assert found["full_cache_bytes"] == found["full_cache"]["cache_bytes"] == 189 * per_token
     assert "the full cache is writing, to compare\n" in done.stderr

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -42,6 +43,15 @@ def test_every_file_of_the_commands_exists(script):
             for word in command:
                 if word.endswith(".py") and not word.startswith("-"):
                     assert (script.ROOT / word).exists(), word
+
+
+def test_files_with_tests_that_need_a_gpu_are_run_whole(script):
+    folder = Path(__file__).parent
+    skipped = re.compile(r"^(@|pytestmark = )pytest\.mark\.skipif\(not torch\.cuda\.is_available", re.MULTILINE)
+    needing = {file.name for file in folder.glob("test_*.py") if skipped.search(file.read_text())}
+    commands = [command for part in script.parts("9.0", None).values() for command in part.commands]
+    whole = {Path(word).name for command in commands if "-k" not in command for word in command}
+    assert needing and needing <= whole
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from decode_case import check, random_case
 from inputs import FLOATING, assert_all_same_bits, assert_same_bits, hostile_scores, rows
 
 from fixed_size_kv_cache import _C, reference
@@ -46,6 +47,19 @@ def test_accumulate_scores(isa, dtype):
         torch.ops.fsdc.accumulate_scores_(scores, weights, *optional)
         reference.accumulate_scores_(expected, weights, *optional)
         assert_same_bits(scores, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("D, Dv, group", [(1, 3, 1), (8, 8, 2), (20, 70, 5), (128, 64, 4), (130, 100, 9)])
+def test_decode_attention(isa, D, Dv, group, dtype):
+    for slots in (3, 40, 700):
+        for length in (0, slots - 1, slots + 1):
+            check(random_case(1, 2, group, slots, D, Dv, length=length, dtype=dtype, entry="mean", softcap=4.0))
+            check(
+                random_case(
+                    2, 2, group, slots, D, Dv, length=length, dtype=dtype, holes=0.3, sinks=torch.ones(2 * group)
+                )
+            )
 
 
 def test_flushing_denormals_does_not_lose_float16(isa):

@@ -6,7 +6,8 @@ import torch
 import transformers
 from comparison import assert_same_tokens_held
 from llamas import feed, held_positions, new_cache, recipe, tiny_llama, tokens
-from steps import PLAIN, step
+from packaging.version import Version
+from steps import PLAIN, attend, step
 
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
 from fixed_size_kv_cache.layer.attention import LogitRule
@@ -97,12 +98,6 @@ def test_after_reset_a_list_for_each_row_may_meet_another_batch():
 # ---- tokens taken back -----------------------------------------------------------------------------------------------
 
 
-def attend(cache, x, mask=None):
-    """One step of a layer with queries, keys and values ``[B, heads, Q, D]`` made of ``x``."""
-    cache.update(x[:, :2], x[:, 2:4], 0)
-    return cache.attend(0, x[:, 4:], mask, RULE)
-
-
 @pytest.mark.parametrize("size", [64, 12])
 @pytest.mark.parametrize("kept, blocks", [(0, [4]), (1, [4]), (3, [5]), (5, [5]), (6, [3, 1, 4]), (1, [1, 1, 1])])
 @pytest.mark.parametrize("padded", [False, True])
@@ -150,11 +145,59 @@ def test_recorded_attention_sees_what_was_recorded():
         [attend(cache, x[:, :, 20:23]), attend(cache, x[:, :, 23:24]), attend(cache, x[:, :, 24:])], dim=2
     )
     torch.testing.assert_close(parts, attend(whole, x[:, :, 20:]), rtol=1e-12, atol=1e-12)
-    assert cache.layers[0].tokens_seen == 20 and cache.get_seq_length() == 30
+    assert cache.layers[0].tokens_folded == 20 and cache.get_seq_length() == 30
     assert cache.layers[0].get_mask_sizes(1) == (12 + 10 + 1, 8)
     cache.stop_past_recording()
     attend(cache, x[:, :, :1])  # what nobody took back is folded now
-    assert cache.layers[0].tokens_seen == 31 and held_positions(cache.layers[0])[0][-1] == 30
+    assert cache.layers[0].tokens_folded == 31 and held_positions(cache.layers[0])[0][-1] == 30
+
+
+ROWS = {
+    "reorder_cache": (torch.tensor([1, 2, 1]),) * 2,
+    "batch_select_indices": (torch.tensor([2, 0]),) * 2,
+    "batch_repeat_interleave": (2, torch.tensor([0, 0, 1, 1, 2, 2])),
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("change, argument, rows", [(name, *rest) for name, rest in ROWS.items()])
+def test_what_was_recorded_moves_with_its_row(change, argument, rows, padded):
+    """Beams choose rows while tokens can still be taken back: what stays is done again with the rows' own tokens."""
+    x = torch.randn(3, 8, 40, 4)
+    mask = torch.ones(3, 40, dtype=torch.long)
+    if padded:
+        mask[0, :3], mask[1, 22:24] = 0, 0
+    cache, expected = (FixedSizeDynamicCache(cache_size=12) for _ in range(2))
+
+    def feed_rows(which, start, stop, of=slice(None)):
+        return attend(which, x[of, :, start:stop], mask[of, start:stop] if padded else None)
+
+    for each, of in ((cache, slice(None)), (expected, rows)):
+        feed_rows(each, 0, 20, of)
+        each.activate_past_recording()
+        feed_rows(each, 20, 24, of)
+    getattr(cache, change)(argument)
+    for each in (cache, expected):
+        each.crop(-1)
+        each.stop_past_recording()
+        output = feed_rows(each, 30, 33, rows)
+    assert torch.equal(cache.get_positions(0), expected.get_positions(0))
+    assert torch.equal(feed_rows(cache, 33, 34, rows), feed_rows(expected, 33, 34, rows))
+    assert output.isfinite().all()
+
+
+def test_the_end_of_recording_evicts_at_once():
+    """Not only at the next step, which may never come: memory is bounded from here on, and what was recorded counts."""
+    x = torch.randn(1, 8, 30, 4)
+    cache, expected = (FixedSizeDynamicCache(cache_size=12) for _ in range(2))
+    attend(cache, x[:, :, :20])
+    cache.activate_past_recording()
+    attend(cache, x[:, :, 20:])
+    cache.stop_past_recording()
+    for part in (x[:, :, :20], x[:, :, 20:]):
+        attend(expected, part)
+    assert torch.equal(cache.get_positions(0), expected.get_positions(0))
+    assert cache.key_cache[0].shape[2] == 12 and cache.get_mask_sizes(1, 0) == (12 + 1, 18)
 
 
 def test_more_than_was_recorded_cannot_be_taken_back():
@@ -254,7 +297,9 @@ def test_output_and_votes_in_blocks_are_those_of_one_matrix(rule, padded):
     torch.testing.assert_close(scores.masked_fill(scores == -torch.inf, 0), votes, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="upstream counts on the host before transformers 5")
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5"), reason="upstream counts on the host before transformers 5"
+)
 @pytest.mark.parametrize("include_skipped", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_step_is_one_graph(backend, include_skipped):

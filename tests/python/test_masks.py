@@ -14,16 +14,18 @@ def test_none_says_that_all_are_real():
     assert read_mask(None, 2, 4, 0) == (None, None)
 
 
+@pytest.mark.parametrize("older", [1, 0])  # whatever a mask says about older tokens
 @pytest.mark.parametrize("S, to_come", [(0, 0), (3, 0), (3, 5)])
-def test_two_dimensions(S, to_come):
-    mask = torch.cat([torch.ones(2, S), PADS, torch.zeros(2, to_come)], dim=1).long()
+def test_two_dimensions(S, to_come, older):
+    mask = torch.cat([torch.full((2, S), older), PADS, torch.zeros(2, to_come)], dim=1).long()
     assert torch.equal(read_mask(mask, 2, 4, S).valid, PADS)
 
 
 @pytest.mark.parametrize("before, S", [(0, 0), (5, 5), (5, 90)], ids=["empty", "full width", "width of what is held"])
 @pytest.mark.parametrize("additive", [False, True])
-def test_four_dimensions(before, S, additive):
-    mask = torch.cat([torch.ones(2, 4, before, dtype=torch.bool), CAUSAL], dim=-1)[:, None]
+@pytest.mark.parametrize("older", [True, False])
+def test_four_dimensions(before, S, additive, older):
+    mask = torch.cat([torch.full((2, 4, before), older), CAUSAL], dim=-1)[:, None]
     if additive:
         mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
     new = read_mask(mask, 2, 4, S)

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
@@ -16,7 +17,7 @@ from fixed_size_kv_cache import FixedSizeDynamicCache, enable
 
 
 def tiny_model(family: str):
-    if family in ("qwen3_next", "jamba", "bamba") and transformers.__version__ < "5":
+    if family in ("qwen3_next", "jamba", "bamba") and Version(transformers.__version__) < Version("5"):
         pytest.skip("before transformers 5 recurrent layers had a cache of another kind")
     return families.tiny_model(family)
 

@@ -13,7 +13,6 @@ from stories import load_model, needs_stories
 from transformers import DynamicCache
 
 from fixed_size_kv_cache.dynamic_cache import FixedSizeDynamicCache
-from fixed_size_kv_cache.layer.layer import FixedSizeLayer
 
 # The text that users were given, character for character, but for the line that it lacks.
 SNIPPET = """\
@@ -183,6 +182,25 @@ def test_pads_in_the_middle_are_the_solo_run(cache_size):
 
 
 @pytest.mark.parametrize("include_skipped", [False, True])
+def test_what_a_mask_says_of_older_tokens_is_not_read(include_skipped):
+    """Once something is evicted its columns belong to nobody: only those of the new tokens count."""
+    model, ids = tiny_llama(), tokens(2, 40)
+    logits = []
+    with recipe(), torch.no_grad():
+        for older in (1, 0):
+            cache = new_cache(model, 12, include_skipped=include_skipped)
+            for start, end in ((0, 20), (20, 30), *((i, i + 1) for i in range(30, 40))):
+                part, mask = slice(start, end), torch.ones(2, end, dtype=torch.long)
+                mask[:, :start] = older
+                positions = torch.arange(start, end).expand(2, -1)
+                logits.append(
+                    model(ids[:, part], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+                )
+    for one, other in zip(logits[:12], logits[12:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("include_skipped", [False, True])
 def test_beams_are_independent_runs(include_skipped):
     """Reordering the rows of a cache moves all of their state."""
     model, ids = tiny_llama(), tokens(3, 40)
@@ -240,12 +258,11 @@ def test_a_packed_mask_is_obeyed():
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_forward_attends_to_the_entry_of_the_evicted_tokens(monkeypatch):
+def test_forward_attends_to_the_entry_of_the_evicted_tokens():
     model, ids = tiny_llama(), tokens(1, 30)
     with recipe():
-        with_entry = feed(model, new_cache(model, 12, include_skipped=True), ids)
-        monkeypatch.setattr(FixedSizeLayer, "_skipped", None)
-        without = feed(model, new_cache(model, 12, include_skipped=True), ids)
+        with_entry = feed(model, new_cache(model, 12, include_skipped=True, score_decay=0.9), ids)
+        without = feed(model, new_cache(model, 11, score_decay=0.9), ids)
     assert torch.equal(with_entry[:, :11], without[:, :11])
     assert (with_entry[:, -1] - without[:, -1]).abs().max() > 1e-3
 

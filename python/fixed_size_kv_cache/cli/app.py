@@ -57,12 +57,12 @@ def fsdc(
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Show versions, what was built, and what this machine uses. Paste it into a bug report."""
-    facts = collect()
+    found = collect()
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print(json.dumps(found, indent=2))
         return
     table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in facts.items():
+    for name, value in found.items():
         table.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
     Console(soft_wrap=True).print(table, highlight=False)
 

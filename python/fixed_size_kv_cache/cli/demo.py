@@ -45,11 +45,11 @@ def show(task: str, cache_size: int, length: int, seed: int, as_json: bool) -> N
     ]
     if as_json:
         seconds = round(time.process_time() - began, 1)  # of one thread
-        facts = {"length": length, "seed": seed, "cpu_seconds": seconds, "live": state.facts(), "recall": rows}
-        print(json.dumps(facts, indent=2))
+        found = {"length": length, "seed": seed, "cpu_seconds": seconds, "live": state.figures(), "recall": rows}
+        print(json.dumps(found, indent=2))
         return
     if not is_live:
-        for lane in state.facts()["contenders"]:
+        for lane in state.figures()["contenders"]:
             print(", ".join(f"{name} {value}" for name, value in lane.items()))
     console.print(demo_view.title(length), highlight=False)
     console.print(demo_view.table(rows, sizes))

@@ -2,6 +2,7 @@
 """How ``fsdc demo`` looks."""
 
 from rich.console import ConsoleDimensions, Group
+from rich.filesize import decimal
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -10,7 +11,7 @@ from ..recall import language
 from ..recall.contest import NAMES, Race
 
 LINES, WIDTH = 5, 96  # of the text that scrolls by, at most
-EXPLAINS = 96  # columns from which on there is room to explain the contenders
+EXPLAINS = 96  # characters a line from which on there is room to explain the contenders
 ANSWERS = 5
 ABOUT = {
     "needle": "a few facts at the start, filler, and each is asked for once, long after",
@@ -56,7 +57,7 @@ def picture(state: Race, width: int) -> Group:
             f"{lane.right} of {state.asked}",
             str(who.held),
             str(who.seen),
-            f"{who.bytes / 1024:.0f} KiB",
+            decimal(who.bytes, precision=0),
             f"{state.read / who.seconds:.0f}",
         )
     return Group(Padding(_scroll(state, min(WIDTH, width - 2)), (0, 0, 1, 2)), table)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
@@ -45,7 +46,7 @@ class Written:
     def line(self) -> str:
         return (
             f"{self.tokens_seen} tokens seen, {self.tokens_held} held by each layer and KV head; "
-            f"cache {size(self.cache_bytes)} allocated, in full {size(self.full_cache_bytes)}; "
+            f"cache {decimal(self.cache_bytes)} allocated, in full {decimal(self.full_cache_bytes)}; "
             f"{self.tokens_per_second:.1f} tokens/s"
         )
 
@@ -95,11 +96,11 @@ def write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, max_new_tokens: i
         )
         seconds = time.perf_counter() - began
     new = out[0, ids.shape[1] :].tolist()
-    seen, held, now, full = account(cache)
+    seen, held, now, full = tokens_and_bytes(cache)
     return Written(new, tokenizer.decode(new, skip_special_tokens=True), seen, held, now, full, len(new) / seconds)
 
 
-def account(cache: Any) -> tuple[int, int, int, int]:
+def tokens_and_bytes(cache: Any) -> tuple[int, int, int, int]:
     """Tokens seen, the most that a layer that could grow holds, and bytes: all that the cache has allocated, and the
     keys and values if nothing were evicted. Layers with a window, or without keys, are the same in both."""
     seen, held, now, full = cache.get_seq_length(), 0, 0, 0
@@ -117,17 +118,7 @@ def account(cache: Any) -> tuple[int, int, int, int]:
     return seen, held, cache.nbytes if isinstance(cache, FixedSizeDynamicCache) else now, full
 
 
-def size(count: int) -> str:
-    """'1.5 MiB' for a number of bytes."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if amount < 1024:
-            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} GiB"
-
-
-def parting(ours: list[int], full: list[int]) -> int | None:
+def first_difference(ours: list[int], full: list[int]) -> int | None:
     """The first place where two texts differ, None where they are the same."""
     places = (at for at, pair in enumerate(zip(ours, full, strict=False)) if pair[0] != pair[1])
     return next(places, None if len(ours) == len(full) else min(len(ours), len(full)))
@@ -194,17 +185,17 @@ def run(
             print("the full cache is writing, to compare", file=sys.stderr)
             stock = DynamicCache(config=model.config)
             full = write(model, tokenizer, ids, stock, max_new_tokens, show=False)
-    parts = parting(ours.tokens, full.tokens) if full else None
+    same = first_difference(ours.tokens, full.tokens) if full else None
     if as_json:
-        facts = {"model": name or "embedded", "cache_size": cache_size, "prompt_tokens": ids.shape[1], **vars(ours)}
+        found = {"model": name or "embedded", "cache_size": cache_size, "prompt_tokens": ids.shape[1], **vars(ours)}
         if full:
-            facts |= {"full_cache": vars(full), "same_tokens": len(ours.tokens) if parts is None else parts}
-        print(json.dumps(facts, indent=2))
+            found |= {"full_cache": vars(full), "same_tokens": len(ours.tokens) if same is None else same}
+        print(json.dumps(found, indent=2))
         return
     print(f"fixed size: {ours.line()}", file=sys.stderr)
     if full:
         print(f"full cache: {full.line()}", file=sys.stderr)
-        print(_parting_line(tokenizer, ours, full, parts), file=sys.stderr)
+        print(_comparison(tokenizer, ours, full, same), file=sys.stderr)
 
 
 @contextmanager
@@ -232,8 +223,8 @@ def _check_positions(model: Any, prompt_tokens: int, max_new_tokens: int) -> Non
         )
 
 
-def _parting_line(tokenizer: Any, ours: Written, full: Written, parts: int | None) -> str:
-    if parts is None:
+def _comparison(tokenizer: Any, ours: Written, full: Written, same: int | None) -> str:
+    if same is None:
         return f"both caches wrote the same {len(ours.tokens)} tokens"
-    here, there = (tokenizer.decode(text.tokens[parts : parts + 12]) for text in (ours, full))
-    return f"the same for {parts} tokens, then\n  fixed size: {here!r}\n  full cache: {there!r}"
+    here, there = (tokenizer.decode(text.tokens[same : same + 12]) for text in (ours, full))
+    return f"the same for {same} tokens, then\n  fixed size: {here!r}\n  full cache: {there!r}"

@@ -9,7 +9,13 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 from ..dynamic_cache import trained_positions
 from ..recall import MODEL
@@ -86,8 +92,8 @@ def _hub_answers() -> bool:
 
 
 def _check_decoder(config: Any, where: str) -> None:
-    is_encoder = type(config) in AutoModelForMaskedLM._model_mapping and getattr(config, "is_decoder", None) is False
-    if config.is_encoder_decoder or is_encoder or type(config) not in AutoModelForCausalLM._model_mapping:
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False
+    if config.is_encoder_decoder or is_encoder or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise Refused(f"--model must be a decoder-only language model; {where} is {config.model_type}")
 
 

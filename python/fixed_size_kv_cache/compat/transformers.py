@@ -13,6 +13,7 @@ from . import require  # noqa: F401  first: where there is none it says how to g
 # isort: split
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import Cache, DynamicCache
@@ -159,7 +160,7 @@ def prompt_length(generation_config, model_kwargs: dict) -> int:
 
 # A prompt in chunks, wrong upstream: below 5.23 it is read from column 0 on, whatever the cache holds; up to 4.57
 # padding is counted in the position ids.
-CHUNKS_FORGET_EARLIER_TURNS = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+CHUNKS_FORGET_EARLIER_TURNS = Version(transformers.__version__) < Version("5.23")
 CHUNKS_FORGET_PADDING = hasattr(transformers.GenerationMixin, "_prefill_chunking")
 # Before transformers 5 a text is cut by the length of the cache, whatever its mask says.
 TAKES_NEW_TOKENS_ONLY = hasattr(transformers.GenerationMixin, "_prefill")

@@ -3,11 +3,12 @@
 
 import importlib.metadata
 import importlib.util
-import re
+
+from packaging.version import Version
 
 OLDEST_TRANSFORMERS = "4.48.3"
 OLDEST_INTERFACE = "4.56.2"  # the first with an attention interface and caches of layers, for enable()
-BETWEEN_TRANSFORMERS = ((4, 54), (4, 55))  # their caches are neither lists of tensors nor plain layers
+BETWEEN_TRANSFORMERS = ("4.54", "4.56")  # their caches are neither lists of tensors nor plain layers
 TESTED_TRANSFORMERS = ("4.48.3", "4.56.2", "4.57.6", "5.17.0", "5.23.0", "5.24.0")  # as in tests/versions
 
 
@@ -31,16 +32,12 @@ def transformers_support(version: str | None) -> str:
         return "not installed"
     if version in TESTED_TRANSFORMERS:
         return "tested"
-    release = _release(version)
-    if release < _release(OLDEST_TRANSFORMERS) or release[:2] in BETWEEN_TRANSFORMERS:
+    first, after = map(Version, BETWEEN_TRANSFORMERS)
+    if Version(version) < Version(OLDEST_TRANSFORMERS) or first <= Version(version) < after:
         return "unsupported"
     return "untested"
 
 
 def has_interface() -> bool:
     """Whether the installed transformers has what ``enable`` builds on."""
-    return _release(transformers_version()) >= _release(OLDEST_INTERFACE)
-
-
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))
+    return Version(transformers_version()) >= Version(OLDEST_INTERFACE)

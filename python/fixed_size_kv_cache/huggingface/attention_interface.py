@@ -19,7 +19,7 @@ from ..layer.handoff import HANDOFF
 from .causes import why_foreign_cache
 from .marks import NAME
 
-UNKNOWN = ("position_bias", "indices", "block_indices", "cache")  # arguments of other attention that change its result
+UNKNOWN = {"position_bias", "indices", "block_indices", "cache"}  # arguments that change the result of other attention
 
 
 def fsdc_attention(
@@ -36,30 +36,37 @@ def fsdc_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: the output ``[B, Q, Hq, D]``, and no weights."""
-    taken, name = HANDOFF.take(module, key), type(module).__name__
+    taken = HANDOFF.take(module, key)
     if kwargs.get("output_attentions"):
         raise NotImplementedError(
-            f'{name}: output_attentions must be False with "fsdc"; got True; call disable(model) and use "eager"'
+            f'{_name(module)}: output_attentions must be False with "fsdc"; got True; call disable(model) and use '
+            '"eager"'
         )
-    if given := [argument for argument in UNKNOWN if kwargs.get(argument) is not None]:
-        raise NotImplementedError(
-            f'{name}: {given[0]} must be None, "fsdc" knows no such attention; call disable(model)'
-        )
+    for argument in UNKNOWN & kwargs.keys():
+        if kwargs[argument] is not None:
+            raise NotImplementedError(
+                f'{_name(module)}: {argument} must be None, "fsdc" knows no such attention; call disable(model)'
+            )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = LogitRule(scaling, softcap, s_aux)
     if taken is None:
         return _attend_elsewhere(module, query, key, value, attention_mask, dropout, rule, kwargs), None
     cache, layer_idx = taken
     if dropout > 0:
-        raise RuntimeError(f"{name}: there is no dropout with a cache of fixed size; call model.eval()")
-    if sliding_window is not None or has_window(module, layer_idx):
+        raise RuntimeError(f"{_name(module)}: there is no dropout with a cache of fixed size; call model.eval()")
+    layer = cache.layers[layer_idx]
+    if sliding_window is not None or (not layer.has_attended and has_window(module, layer_idx)):
         raise NotImplementedError(
-            f"{name}: layer {layer_idx} sees a window of the text, so it must keep transformers' own cache; got one of "
-            "ours; make the cache with FixedSizeDynamicCache(config=model.config)"
+            f"{_name(module)}: layer {layer_idx} sees a window of the text, so it must keep transformers' own cache; "
+            "got one of ours; make the cache with FixedSizeDynamicCache(config=model.config)"
         )
     if s_aux is not None:
         rule = rule._replace(sinks=s_aux.detach())  # a parameter: votes are no gradients
     return cache.attend(layer_idx, query, attention_mask, rule).transpose(1, 2).contiguous(), None
+
+
+def _name(module: torch.nn.Module) -> str:
+    return type(module).__name__
 
 
 def _attend_elsewhere(

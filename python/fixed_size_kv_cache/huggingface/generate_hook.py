@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import legacy
 from ..compat.capability import check_made_for, rotates_by_length, text_config
@@ -128,8 +130,19 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
         or generation_config.compile_config is not None
     ):
         return  # in one piece
-    if prompt_length(generation_config, model_kwargs) > chunk:
+    if prompt_length(generation_config, model_kwargs) > chunk and not _processes_meet_in(model):
         generation_config.prefill_chunk_size = chunk
+
+
+def _processes_meet_in(model: Any) -> bool:
+    """Whether each forward gathers weights from other processes (FSDP, ZeRO-3): then all must run equally many, and
+    prompts of different lengths would have different numbers of chunks."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    is_sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
+    return torch.distributed.get_world_size() > 1 and (is_sharded or is_deepspeed_zero3_enabled())
 
 
 def _is_text_only(model_kwargs: dict) -> bool:

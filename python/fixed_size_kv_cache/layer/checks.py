@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a layer says of a step that does not fit it."""
 
-import torch
 from torch import Tensor
 
 from ..settings import FixedSizeCacheConfig
@@ -40,19 +39,10 @@ def no_report(who: str) -> str:
     return NO_REPORT.format(who, handoff.EXPLAIN() or CALL_ENABLE)
 
 
-def refuse_assignment(name: str, tensor: Tensor | None) -> None:
-    if tensor is not None:  # transformers' own layers begin with None
-        raise AttributeError(f"FixedSizeLayer: {name} must not be assigned, the cache writes its slots itself")
-
-
-def check_weights(weights: Tensor, B: int, H: int, Q: int, columns: int, device: torch.device) -> None:
-    if weights.dim() != 4 or weights.shape[0] != B or weights.shape[1] % H != 0 or weights.device != device:
-        raise ValueError(
-            f"attention weights must be [B, Hq, Q, columns] with B = {B} and a multiple of the {H} KV heads on "
-            f"{device}; got sizes {list(weights.shape)} on {weights.device}"
-        )
-    if weights.shape[2:] != (Q, columns):
-        raise ValueError(
-            f"attention weights must have the {Q} queries and {columns} columns of this step, as "
-            f"update() returned them; got sizes {list(weights.shape)}"
-        )
+def sizes_differ(keys: Tensor, values: Tensor) -> str:
+    if keys.dim() == 4 and keys.shape[2] == 0:
+        return f"update: there must be at least one new token; got keys of sizes {list(keys.shape)}"
+    return (
+        f"update: keys and values must be [B, H, Q, D] of the same B, H and Q; got sizes {list(keys.shape)} and "
+        f"{list(values.shape)}"
+    )

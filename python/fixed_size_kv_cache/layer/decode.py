@@ -7,12 +7,18 @@ Shapes and addresses are those of the step before, and nothing waits for the dev
 import torch
 from torch import Tensor
 
-from ..operators.register import accumulate_scores_
+from ..operators.register import accumulate_scores_, decode_attention_
 from ..settings import FixedSizeCacheConfig
 from . import score_rule
-from .attention import LogitRule, Skipped, attend_with_weights
+from .attention import LogitRule, attend_with_weights, products_of
 from .new_tokens import Stage
+from .protected_spans import in_spans
 from .slots import SCORES, Slots, Tokens
+
+
+def is_fused(settings: FixedSizeCacheConfig, device: torch.device) -> bool:
+    """Whether steps are one call of ``decode_attention_``: not for the baselines, and not on CUDA yet."""
+    return settings.policy == "attention" and device.type == "cpu"
 
 
 def attend(
@@ -21,25 +27,76 @@ def attend(
     stage: Stage,
     query: Tensor,  # [B, Hq, 1, D]
     rule: LogitRule,
-    skipped: Skipped | None,
 ) -> Tensor:
-    """The whole step in plain torch, ``[B, Hq, 1, D]``: what every other path is held to."""
-    (B, H, _, D), T = stage.keys.shape, stage.held
+    """The whole step, ``[B, Hq, 1, Dv]``."""
+    step = attend_fused if is_fused(settings, query.device) else attend_plain
+    return step(slots, settings, stage, query, rule)
+
+
+def attend_fused(
+    slots: Slots,
+    settings: FixedSizeCacheConfig,
+    stage: Stage,
+    query: Tensor,
+    rule: LogitRule,
+) -> Tensor:
+    """:func:`attend` by ``torch.ops.fsdc.decode_attention_``, to which an empty entry is no entry."""
+    T, entry = stage.held, {}
+    if slots.skipped is not None:
+        keys, values, count, lost, mode = slots.skipped
+        entry = {
+            "skipped_keys": keys,
+            "skipped_values": values,
+            "skipped_count": count,
+            "lost": lost,
+            "skipped_mean": mode == "mean",
+        }
+    output = decode_attention_(
+        query,
+        stage.keys,
+        stage.values,
+        *slots.tokens,
+        slots.seen,
+        T,
+        scaling=rule.scaling,
+        decay=settings.score_decay,
+        prior=settings.score_prior,
+        redundancy=settings.redundancy,
+        value_weight=settings.value_weight,
+        sink_tokens=settings.sink_tokens,
+        recent_tokens=settings.recent_tokens,
+        softcap=rule.softcap,
+        sinks=rule.sinks,
+        valid=None if stage.valid is None else stage.valid[:, 0],
+        protected=None if slots.spans is None else in_spans(slots.spans, slots.seen[:, None])[:, 0],
+        **entry,
+    )
+    if settings.slots == T:
+        slots.is_ordered = False
+    return output
+
+
+def attend_plain(
+    slots: Slots,
+    settings: FixedSizeCacheConfig,
+    stage: Stage,
+    query: Tensor,  # [B, Hq, 1, D]
+    rule: LogitRule,
+) -> Tensor:
+    """:func:`attend` in plain torch: what the operator is held to, and the only way of the baselines."""
+    (B, H), T = stage.keys.shape[:2], stage.held
     token = new_token(slots, stage)
     write_new(slots, T, token)
-    # The new key is one more query: its products with the keys say how alike they are.
-    unit_key = score_rule.unit_keys(stage.keys, token.key_scales)
-    products = (
-        torch.cat([rule.scaled(query).reshape(B, H, -1, D), unit_key], dim=2) @ stage.all_keys.mT
-    )  # [B, H, G + 1, T + 1]
+    products = products_of(query, stage.all_keys, rule)  # [B, H, G, T + 1]
     visible = None
     if torch.compiler.is_compiling() or stage.valid is not None or slots.may_have_holes:
         visible = slots.read(T + 1).positions[:, :, None] >= 0
         visible = visible if stage.valid is None else visible & stage.valid[:, None, None]
-    output, weights, lost = attend_with_weights(query, products[:, :, :-1], stage.all_values, visible, rule, skipped)
+    skipped = slots.skipped  # an empty entry is no entry
+    output, weights, lost = attend_with_weights(query, products, stage.all_values, visible, rule, skipped)
     if lost is not None:
         skipped.lost.copy_(lost.view(B, H, -1).mean(-1))
-    _fold(slots, settings, stage, token, weights, products[:, :, -1])
+    _fold(slots, settings, stage, token, weights)
     return output
 
 
@@ -47,8 +104,7 @@ def fold(slots: Slots, settings: FixedSizeCacheConfig, stage: Stage, weights: Te
     """The step with somebody else's attention weights, ``[B, Hq, 1, T + 1]``."""
     token = new_token(slots, stage)
     write_new(slots, stage.held, token)
-    likeness = score_rule.unit_keys(stage.keys, token.key_scales) @ stage.all_keys.mT
-    _fold(slots, settings, stage, token, weights, likeness[:, :, 0])
+    _fold(slots, settings, stage, token, weights)
 
 
 def new_token(slots: Slots, stage: Stage) -> Tokens:
@@ -69,7 +125,6 @@ def _fold(
     stage: Stage,
     token: Tokens,
     weights: Tensor,  # [B, Hq, 1, T + 1]
-    likeness: Tensor,  # [B, H, T + 1]: products of the keys with the new one, scaled to length 1
 ) -> None:
     valid, T = stage.valid, stage.held
     in_use = slots.read(T + 1)
@@ -79,9 +134,11 @@ def _fold(
         votes = score_rule.query_weights(valid, settings.score_decay)
     accumulate_scores_(in_use.scores, weights, *votes)
     if settings.redundancy > 0:
-        cosine = likeness[..., :T] * in_use.key_scales[..., :T]
+        older = slots.read(T)
+        unit_key = score_rule.unit_keys(stage.keys, token.key_scales)
+        cosine = (older.keys.float() @ unit_key.mT)[..., 0] * older.key_scales  # [B, H, T]
         cosine = cosine if valid is None else cosine.masked_fill_(~valid[:, None], 0.0)
-        in_use.redundancy[..., :T].clamp_(min=cosine.float())  # of the older tokens; pads change nothing
+        older.redundancy.clamp_(min=cosine)  # pads change nothing
     slots.seen += 1 if valid is None else valid.sum(-1, dtype=torch.int32)
     if settings.slots == T:
         _evict(slots, settings, token, group=weights.shape[1] // token.positions.shape[1])

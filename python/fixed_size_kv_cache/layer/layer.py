@@ -12,9 +12,9 @@ from ..compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, query_
 from ..settings import FixedSizeCacheConfig
 from . import attention, chunk, decode
 from .attention import LogitRule
-from .checks import HIDDEN, check_weights, make_slots, no_report, refuse_assignment
+from .checks import HIDDEN, make_slots, no_report, sizes_differ
 from .history import History
-from .new_tokens import Stage, Visibility, hides_the_past, read_mask
+from .new_tokens import ALL_REAL, Stage, Visibility, hides_the_past, read_mask
 from .protected_spans import read_spans
 from .recorded import Recorded
 from .slots import Slots
@@ -37,12 +37,13 @@ class FixedSizeLayer(DynamicLayer):
         self.settings = settings or FixedSizeCacheConfig()
         self.protected_spans = read_spans(protected_spans, self.settings)
         self.group = 1  # query heads per KV head, once attention has shown it
+        self.has_attended = False  # what is the same at every step has been checked
         self.is_compileable = False  # generate() compiles the steps of a cache that says yes
         self.slots: Slots | None = None
         self._forget()
 
     def _forget(self) -> None:
-        self._seen: int | None = 0  # S on the host; None: only the device knows, after compiled steps
+        self._seen: int | None = 0  # get_seq_length() on the host; None: only the device knows, after compiled steps
         self.staged: Stage | None = None
         self.record_past = False  # evict nothing before crop(), see activate_past_recording
         self.recorded: Recorded | None = None
@@ -70,30 +71,44 @@ class FixedSizeLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, tensor: None) -> None:
-        refuse_assignment("keys", tensor)
+        if tensor is not None:  # transformers' own layers begin with None
+            raise AttributeError(
+                "FixedSizeLayer: keys and values must not be assigned, the cache writes its slots itself"
+            )
 
-    @values.setter
-    def values(self, tensor: None) -> None:
-        refuse_assignment("values", tensor)
+    values = values.setter(keys.fset)
 
     @property
     def tokens_seen(self) -> int:
-        """S: tokens that were folded into the slots, padding included. After compiled steps it waits for the device."""
+        """S: tokens that came, padding included. After compiled steps it waits for the device."""
         if self._seen is None:
             self._seen = int(self.slots.columns)
         return self._seen
 
     @property
-    def tokens_held(self) -> int:
-        """T: the slots in use, tokens and holes."""
-        return min(self.tokens_seen, self.settings.slots)
+    def tokens_folded(self) -> int:
+        """How many of them have been through the slots: all but those that are recorded."""
+        return self.tokens_seen - (0 if self.recorded is None else self.recorded.tokens)
 
     @property
-    def has_evicted(self) -> bool:
-        """Whether the entry of the evicted tokens takes part; in a compiled step it does, empty or not."""
-        if self.slots.skipped is None:
-            return False
-        return torch.compiler.is_compiling() or self.tokens_seen > self.settings.slots
+    def tokens_held(self) -> int:
+        """T: the slots in use, tokens and holes."""
+        return min(self.tokens_folded, self.settings.slots)
+
+    @property
+    def skipped(self) -> attention.Skipped | None:
+        """The entry of the evicted tokens, None where there can be none yet."""
+        if self.slots.skipped is None or self.tokens_folded <= self.settings.slots:
+            return None
+        return self.slots.skipped
+
+    @property
+    def decode_path(self) -> str:
+        """How steps of one token are computed: ``fused``, by one call of ``torch.ops.fsdc.decode_attention_``, or
+        ``plain``, by torch's own operators (the baselines, and CUDA)."""
+        if self.slots is None:
+            raise RuntimeError("this layer holds nothing yet; run the model first")
+        return "fused" if decode.is_fused(self.settings, self.device) else "plain"
 
     @property
     def nbytes(self) -> int:
@@ -106,7 +121,7 @@ class FixedSizeLayer(DynamicLayer):
         if self.slots is None:
             raise RuntimeError("this layer holds nothing yet; run the model first")
         T = self.tokens_held
-        if self.has_evicted:
+        if self.skipped is not None:
             if self.staged is not None:
                 raise RuntimeError(
                     "what a layer holds can be seen between steps; got new tokens of a step not yet ended"
@@ -124,9 +139,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def has_holes(self) -> bool:
         """Whether padding left slots in use empty. Waits for the device."""
-        if self.slots is None or not self.slots.may_have_holes:
-            return False
-        return bool((self.slots.read(self.tokens_held).positions < 0).any())
+        return self.slots is not None and self.slots.has_holes(self.tokens_held)
 
     # ---- what transformers asks --------------------------------------------------------------------------------------
 
@@ -134,11 +147,7 @@ class FixedSizeLayer(DynamicLayer):
         """Tokens seen, padding included; not the tokens held. While a graph is compiled it is a tensor."""
         if torch.compiler.is_compiling() and self.is_initialized:
             return self.slots.columns
-        return self.tokens_seen + self._tokens_recorded
-
-    @property
-    def _tokens_recorded(self) -> int:
-        return 0 if self.recorded is None else self.recorded.tokens
+        return self.tokens_seen
 
     def get_max_length(self) -> int:
         return -1  # tokens seen are not limited
@@ -149,9 +158,10 @@ class FixedSizeLayer(DynamicLayer):
         Q = query_length(of)
         if torch.compiler.is_compiling() and self.is_initialized and Q == 1:
             return self.settings.slots + 1, self.slots.columns - self.settings.slots
-        return self.tokens_held + self._tokens_recorded + Q, self.tokens_seen - self.tokens_held
+        evicted = self.tokens_folded - self.tokens_held
+        return self.tokens_seen - evicted + Q, evicted
 
-    # ---- the first half of a step ------------------------------------------------------------------------------------
+    # ---- a step ------------------------------------------------------------------------------------------------------
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Stages new tokens ``[B, H, Q, D]`` and returns the keys and values ``[B, H, T + Q, D]`` that they see.
@@ -161,51 +171,34 @@ class FixedSizeLayer(DynamicLayer):
         """
         if self.staged is not None:
             raise RuntimeError(no_report("update"))
-        self._make_room_for(key_states, value_states)
+        Q = key_states.shape[2]
+        if Q == 0 or value_states.shape[2] != Q:
+            raise ValueError(sizes_differ(key_states, value_states))
+        if self.slots is None or not self.slots.fits(key_states, value_states):
+            self._make_room_for(key_states, value_states)
         if self.recorded is not None and not self.record_past:
             self.crop(0)
-        if key_states.shape[2] == 1 and not self.record_past:
+        if Q == 1 and not self.record_past:
             T = self.settings.slots if torch.compiler.is_compiling() else self.tokens_held
-            keys, values, *_ = self.slots.read(T + 1)
-            keys[:, :, T:] = key_states
-            values[:, :, T:] = value_states
+            keys, values = self.slots.put_behind(T, key_states, value_states)
         else:
-            held = self.slots.order(self.tokens_held)
-            before = [held] if self.recorded is None else [held, self.recorded]
+            before = [self.slots.order(self.tokens_held), *([] if self.recorded is None else [self.recorded])]
             keys = torch.cat([*(x.keys for x in before), key_states], dim=2)
             values = torch.cat([*(x.values for x in before), value_states], dim=2)
-        self.staged = Stage(key_states, value_states, keys, values)
+            T = keys.shape[2] - Q
+        self.staged = Stage(key_states, value_states, keys, values, Q, T)
         return keys, values
 
     def _make_room_for(self, keys: Tensor, values: Tensor) -> None:
-        if keys.shape[2] == 0:
-            raise ValueError(f"update: there must be at least one new token; got keys of sizes {list(keys.shape)}")
-        if (
-            self.is_initialized
-            and keys.shape[2] == values.shape[2]
-            and all(
-                new.shape[:2] == old.shape[:2]
-                and new.shape[3] == old.shape[3]
-                and new.dtype == old.dtype
-                and new.device == old.device
-                for new, old in zip((keys, values), self.slots.tokens, strict=False)
-            )
-        ):
-            return
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(sizes_differ(keys, values))
+        if self.slots is not None and self.tokens_seen != 0:
+            held = list(self.slots.tokens.keys.shape[:2])
             raise ValueError(
-                f"update: keys and values must be [B, H, Q, D] of the same B, H and Q; got sizes {list(keys.shape)} "
-                f"and {list(values.shape)}"
-            )
-        if self.is_initialized and self.get_seq_length() != 0:
-            raise ValueError(
-                f"update: new keys must be like those in the cache, {list(self.slots.tokens.keys.shape[:2])} of "
-                f"{self.dtype} on {self.device}; got {list(keys.shape[:2])} of {keys.dtype} on {keys.device}; "
-                "call reset() to begin anew"
+                f"update: new keys must be like those in the cache, {held} of {self.dtype} on {self.device}; got "
+                f"{list(keys.shape[:2])} of {keys.dtype} on {keys.device}; call reset() to begin anew"
             )
         self.lazy_initialization(keys, values)
-
-    # ---- the second half ---------------------------------------------------------------------------------------------
 
     def attend(self, query: Tensor, mask: Tensor | None, rule: LogitRule) -> Tensor:
         """Ends the step: the attention of its queries ``[B, Hq, Q, D]``, then votes and eviction.
@@ -214,6 +207,7 @@ class FixedSizeLayer(DynamicLayer):
         ``read_mask``.
         """
         stage = self.stage_of("attend")
+        self.has_attended = True
         self._read_mask(stage, mask)
         return self.finish(stage, query, rule)
 
@@ -221,18 +215,19 @@ class FixedSizeLayer(DynamicLayer):
         """:meth:`attend` for new tokens whose mask has been read."""
         if self.record_past:
             output = attention.attend(
-                query, stage.all_keys, stage.all_values, self._visibility(stage), rule, self._skipped
+                query, stage.all_keys, stage.all_values, self._visibility(stage), rule, self.skipped
             )
             this = Recorded(stage.keys, stage.values, query, stage.new, rule)
             self.recorded = this if self.recorded is None else self.recorded.then(this)
+            self._seen += stage.queries
             self.staged = None
             return output
         self.group = query.shape[1] // stage.keys.shape[1]
         if stage.queries == 1:
-            output = decode.attend(self.slots, self.settings, stage, query, rule, self._skipped)
+            output = decode.attend(self.slots, self.settings, stage, query, rule)
         else:
             visibility = self._visibility(stage)
-            output = chunk.attend(self.slots, self.settings, stage, query, rule, visibility, self._skipped)
+            output = chunk.attend(self.slots, self.settings, stage, query, rule, visibility, self.skipped)
         self._end(stage)
         return output
 
@@ -244,12 +239,11 @@ class FixedSizeLayer(DynamicLayer):
                 "fold: tokens can be taken back only where this package computes the attention; got weights while "
                 "recording; call enable(model), or generate without candidates"
             )
-        (B, H), Q, columns = stage.keys.shape[:2], stage.queries, stage.all_keys.shape[2]
         if weights is None:
-            weights = torch.zeros((), device=self.device).expand(B, H, Q, columns)
-        check_weights(weights, B, H, Q, columns, self.device)
-        self.group = weights.shape[1] // H
-        (decode if Q == 1 else chunk).fold(self.slots, self.settings, stage, weights)
+            weights = torch.zeros((), device=self.device).expand(*stage.keys.shape[:3], stage.all_keys.shape[2])
+        stage.check_weights(weights)
+        self.group = weights.shape[1] // stage.keys.shape[1]
+        (decode if stage.queries == 1 else chunk).fold(self.slots, self.settings, stage, weights)
         self._end(stage)
 
     def attention_weights(self, query: Tensor, mask: Tensor | None, rule: LogitRule) -> Tensor:
@@ -258,7 +252,7 @@ class FixedSizeLayer(DynamicLayer):
         self._read_mask(stage, mask)
         _, visible = self._visibility(stage).of_block(0, stage.queries, self.device)
         products = attention.products_of(query, stage.all_keys, rule)
-        return attention.attend_with_weights(query, products, stage.all_values, visible, rule, self._skipped)[1]
+        return attention.attend_with_weights(query, products, stage.all_values, visible, rule, self.skipped)[1]
 
     def load(self, keys: Tensor, values: Tensor) -> None:
         """Takes over tokens ``[B, H, S, D]`` of another cache: score 0, positions from 0 on, cut at once."""
@@ -272,12 +266,11 @@ class FixedSizeLayer(DynamicLayer):
             raise RuntimeError(f"{who}: there are no new tokens; call update() first, once for each step")
         return self.staged
 
-    @property
-    def _skipped(self) -> attention.Skipped | None:
-        return self.slots.skipped if self.has_evicted else None
-
     def _read_mask(self, stage: Stage, mask: Tensor | None) -> None:
-        seen = None if torch.compiler.is_compiling() else self.get_seq_length()
+        if mask is None:
+            stage.new = ALL_REAL
+            return
+        seen = None if torch.compiler.is_compiling() else self.tokens_seen
         stage.new = read_mask(mask, stage.keys.shape[0], stage.queries, seen, SHOWS_PADDING_EVERYTHING)
 
     def check_past(self, mask: Tensor) -> None:
@@ -287,7 +280,7 @@ class FixedSizeLayer(DynamicLayer):
             return
         stage, S, seen = self.stage_of("attend"), self.get_seq_length(), self.slots.seen
         if self.recorded is not None:
-            valid = self.recorded.valid
+            valid = self.recorded.new.valid
             seen = seen + (self.recorded.tokens if valid is None else valid.sum(-1, dtype=torch.int32))
         new = read_mask(mask, stage.keys.shape[0], stage.queries, S, SHOWS_PADDING_EVERYTHING)
         hides = hides_the_past(mask, new, stage.queries, S, seen)
@@ -300,22 +293,18 @@ class FixedSizeLayer(DynamicLayer):
 
     def _visibility(self, stage: Stage) -> Visibility:
         """Who sees whom: slots, recorded tokens, new ones."""
-        T = stage.held - self._tokens_recorded
         held, recorded = None, self.recorded
-        if self.slots.may_have_holes or (recorded is not None and recorded.valid is not None):
+        T = stage.held if recorded is None else stage.held - recorded.tokens
+        if self.slots.may_have_holes or (recorded is not None and recorded.new.valid is not None):
             held = self.slots.read(T).positions >= 0
-            if recorded is not None:
-                valid = recorded.valid
-                if valid is None:
-                    valid = torch.ones(held.shape[0], recorded.tokens, dtype=torch.bool, device=self.device)
-                held = torch.cat([held, valid[:, None].expand(-1, held.shape[1], -1)], dim=2)
+            held = held if recorded is None else recorded.behind(held)
         return Visibility(stage.held, stage.queries, held, stage.new)
 
     def _end(self, stage: Stage) -> None:
         if stage.valid is not None:
             self.slots.may_have_holes = True
-        self.slots.columns.add_(stage.queries)
         self._seen = None if torch.compiler.is_compiling() else self.tokens_seen + stage.queries
+        self.slots.columns.add_(stage.queries)
         self.staged = None
 
     # ---- tokens taken back -------------------------------------------------------------------------------------------
@@ -342,7 +331,7 @@ class FixedSizeLayer(DynamicLayer):
             raise RuntimeError(no_report("crop"))
         if not self.is_initialized:
             return
-        remove = -count if count <= 0 else max(0, self.get_seq_length() - count)
+        remove = -count if count <= 0 else max(0, self.tokens_seen - count)
         if remove:
             self.history = None
         if self.recorded is not None:
@@ -356,6 +345,7 @@ class FixedSizeLayer(DynamicLayer):
             raise RuntimeError(
                 f"crop: at most the {recorded.tokens} tokens since the last crop can be taken back; got {remove}"
             )
+        self._seen -= recorded.tokens
         self.recorded = None
         if remove == recorded.tokens:
             return
@@ -379,11 +369,8 @@ class FixedSizeLayer(DynamicLayer):
                 "activate_past_recording() before these tokens come"
             )
         left = max(0, self.tokens_seen - remove)
-        removed = self.slots.read(self.tokens_seen).positions[:, 0, left:]
-        self.slots.seen -= (removed >= 0).sum(-1, dtype=torch.int32)
-        self.slots.empty(left)
+        self.slots.crop(self.tokens_seen, left)
         self._seen = left
-        self.slots.columns.fill_(left)
 
     # ---- whole rows --------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,9 @@ class NewTokens(NamedTuple):
         return NewTokens(valid, sees)
 
 
+ALL_REAL = NewTokens(None, None)
+
+
 def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None, shows_padding_everything: bool = False) -> NewTokens:
     """Reads the columns of the new tokens.
 
@@ -59,7 +62,7 @@ def read_mask(mask: Tensor | None, B: int, Q: int, S: int | None, shows_padding_
         ValueError: for a tensor of another rank, for a mask per head, and for one that weighs tokens.
     """
     if mask is None:
-        return NewTokens(None, None)
+        return ALL_REAL
     if not isinstance(mask, Tensor):
         raise TypeError(f'attention_mask must be a tensor; got {type(mask).__name__}; set attn_implementation="eager"')
     if mask.dim() not in (2, 4):
@@ -148,6 +151,8 @@ class Stage:
     values: Tensor  # [B, H, Q, Dv]
     all_keys: Tensor  # [B, H, T + Q, D], what update returned
     all_values: Tensor
+    queries: int  # Q
+    held: int  # T, the tokens before them
     new: NewTokens | None = None  # what the mask says about them, once somebody has read it
 
     @property
@@ -155,11 +160,23 @@ class Stage:
         """Which new tokens are not padding, ``[B, Q]``; None: all."""
         return None if self.new is None else self.new.valid
 
-    @property
-    def queries(self) -> int:
-        return self.keys.shape[2]
+    def valid_or_all(self) -> Tensor:
+        """:attr:`valid`, all True where it is None."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.keys.shape[0], self.queries, dtype=torch.bool, device=self.keys.device)
 
-    @property
-    def held(self) -> int:
-        """T: the tokens before them."""
-        return self.all_keys.shape[2] - self.keys.shape[2]
+    def check_weights(self, weights: Tensor) -> None:
+        """Raises ValueError unless these can be the attention weights ``[B, Hq, Q, T + Q]`` of this step."""
+        (B, H), device = self.keys.shape[:2], self.keys.device
+        if weights.dim() != 4 or weights.shape[0] != B or weights.shape[1] % H != 0 or weights.device != device:
+            raise ValueError(
+                f"attention weights must be [B, Hq, Q, columns] with B = {B} and a multiple of the {H} KV heads on "
+                f"{device}; got sizes {list(weights.shape)} on {weights.device}"
+            )
+        Q, columns = self.queries, self.all_keys.shape[2]
+        if weights.shape[2:] != (Q, columns):
+            raise ValueError(
+                f"attention weights must have the {Q} queries and {columns} columns of this step, as "
+                f"update() returned them; got sizes {list(weights.shape)}"
+            )

@@ -24,10 +24,6 @@ class Recorded:
     def tokens(self) -> int:
         return self.keys.shape[2]
 
-    @property
-    def valid(self) -> Tensor | None:
-        return self.new.valid
-
     def then(self, later: "Recorded") -> "Recorded":
         """Both as one step."""
         return Recorded(
@@ -42,6 +38,14 @@ class Recorded:
         """The first tokens of it."""
         keys, values, query = (x[:, :, :count] for x in (self.keys, self.values, self.query))
         return Recorded(keys, values, query, self.new.first(count), self.rule)
+
+    def behind(self, held: Tensor) -> Tensor:
+        """Which columns hold a token, bool ``[B, H, T + R]``, where ``held`` ``[B, H, T]`` says it of the slots."""
+        B, H, _ = held.shape
+        valid = self.new.valid
+        if valid is None:
+            valid = torch.ones(B, self.tokens, dtype=torch.bool, device=held.device)
+        return torch.cat([held, valid[:, None].expand(-1, H, -1)], dim=2)
 
     def select_rows(self, rows: Tensor) -> "Recorded":
         """With these rows of the batch, ``[rows]`` int64."""

@@ -3,8 +3,19 @@
 
 ``s`` is the decayed sum of the attention that a token received, ``p`` what every token is credited with, ``w`` the norm
 of its value, and ``r`` the largest cosine between its key and any newer key seen since. The least goes; from first to
-last: empty slots, finite scores, NaN, protected tokens; of equal ones the older. ``docs/eviction.md`` says where the
-rule comes from.
+last: empty slots, finite scores, NaN, protected tokens; of equal ones the older. ``docs/eviction.md`` says how much
+each part matters.
+
+Sources, and where we deviate:
+
+* ``s``: accumulated attention, H2O (Zhang et al. 2023, arXiv 2306.14048). Ours decays, is one sum for each KV head over
+  the query heads of its group, and has ``p`` added. Of the slots a quarter is for recent tokens, there half.
+* ``w``: VATP (Guo et al. 2024, arXiv 2406.12335) multiplies attention by the l1 norm of the value, we by the l2 norm.
+* ``r``: KeyDiff (Park et al. 2025, arXiv 2504.15364) evicts keys that are close to the mean of all keys, and asks no
+  attention. R-KV (Cai et al. 2025, arXiv 2505.24133) takes a mean of cosines off the attention of the last queries,
+  once in so many steps. Ours is a factor, not a term, and a maximum that each new key may raise and nothing lowers.
+* attention sinks: StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) keeps the first tokens and the last ones, nothing
+  else. Ours protects both and chooses among the others; small caches protect fewer than four first ones.
 """
 
 import torch
@@ -95,9 +106,8 @@ def least(eviction: Tensor, positions: Tensor) -> Tensor:
 
 
 def unit_keys(keys: Tensor, key_scales: Tensor) -> Tensor:
-    """Keys ``[B, H, Q, D]`` scaled to length 1 in float32, where 1 over a small norm is no overflow, and in their own
-    type, so that one new key and many compare with others alike."""
-    return (keys * key_scales[..., None]).to(keys.dtype)
+    """Keys ``[B, H, Q, D]`` scaled to length 1, in float32 whatever their type, as ``decode_attention_`` has them."""
+    return keys.float() * key_scales[..., None]
 
 
 def raise_redundancy(
@@ -106,12 +116,13 @@ def raise_redundancy(
     new_positions: Tensor,  # [B, Q]
 ) -> None:
     """Raises each token's redundancy to its largest cosine with a newer one of the new keys. Pads change nothing."""
+    keys = unit_keys(tokens.keys, tokens.key_scales)
     for start in range(0, units.shape[2], COSINE_BLOCK):
         block = slice(start, start + COSINE_BLOCK)
-        cosine = (tokens.keys @ units[:, :, block].mT) * tokens.key_scales[..., None]  # [B, H, S, block]
+        cosine = keys @ units[:, :, block].mT  # [B, H, S, block]
         newer = new_positions[:, None, None, block] > tokens.positions[..., None]
         largest = cosine.masked_fill_(~newer, 0.0).amax(-1)
-        torch.maximum(tokens.redundancy, largest.float(), out=tokens.redundancy)
+        torch.maximum(tokens.redundancy, largest, out=tokens.redundancy)
 
 
 def _hash(positions: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class Slots:
         N, Dv, device = settings.slots, values.shape[3], keys.device
         wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
         self._protected_spans = protected_spans
+        self._like = _kind(keys, values)
         with torch.inference_mode(False):  # or they could not be written to outside of it
             self.tokens = Tokens(
                 torch.zeros(B, H, N + 1, D, dtype=keys.dtype, device=device),
@@ -94,6 +95,10 @@ class Slots:
         self.is_ordered = True
         self.may_have_holes = False
 
+    def fits(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether tokens have the batch, heads, dimensions, type and device of the buffers."""
+        return _kind(keys, values) == self._like
+
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
     def read(self, count: int) -> Tokens:
@@ -111,6 +116,18 @@ class Slots:
         values[:, :, slots] = tokens.values
         facts[..., slots] = tokens.facts
         positions[..., slots] = tokens.positions
+
+    def put_behind(self, count: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the key and value of one token ``[B, H, 1, D]`` into slot ``count``, of which nothing else is known yet,
+        and returns the first ``count + 1`` keys and values as views."""
+        tokens, after = self.tokens, count + 1
+        if after == tokens.positions.shape[2]:
+            all_keys, all_values = tokens.keys, tokens.values
+        else:
+            all_keys, all_values = tokens.keys[:, :, :after], tokens.values[:, :, :after]
+        all_keys[:, :, count:] = keys
+        all_values[:, :, count:] = values
+        return all_keys, all_values
 
     def overwrite(self, victim: Tensor, token: Tokens) -> Tokens:
         """Puts one token into slot ``victim`` ``[B, H, 1]`` of each KV head, and returns what was there."""
@@ -135,6 +152,13 @@ class Slots:
         self.tokens.positions[..., start:stop] = -1
         self.tokens.scores[..., start:stop] = -math.inf
 
+    def crop(self, S: int, left: int) -> None:
+        """Takes back all but the first ``left`` of ``S`` tokens seen, none of which was evicted."""
+        removed = self.read(S).positions[:, 0, left:]
+        self.seen -= (removed >= 0).sum(-1, dtype=torch.int32)
+        self.empty(left)
+        self.columns.fill_(left)
+
     def order(self, count: int) -> Tokens:
         """Puts the first ``count`` slots into token order, empty ones first, and returns them as views."""
         held = self.read(count)
@@ -142,6 +166,10 @@ class Slots:
             self.write(0, take(held, held.positions.argsort(dim=-1, stable=True)))
             self.is_ordered = True
         return held
+
+    def has_holes(self, count: int) -> bool:
+        """Whether padding left some of the first ``count`` slots empty. Waits for the device."""
+        return self.may_have_holes and bool((self.read(count).positions < 0).any())
 
     # ---- whole rows --------------------------------------------------------------------------------------------------
 
@@ -153,6 +181,7 @@ class Slots:
                 _select(keys, rows), _select(values, rows), _select(facts, rows, dim=1), _select(positions, rows)
             )
             self.seen = _select(self.seen, rows)
+            self._like = _kind(self.tokens.keys, self.tokens.values)
             if self.spans is not None:
                 self.spans = _select(self.spans, rows)
             if self.skipped is not None:
@@ -171,6 +200,11 @@ def take(tokens: Tokens, indices: Tensor) -> Tokens:
     keys, values = (x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[3])) for x in tokens[:2])
     facts = tokens.facts.gather(3, indices.expand(FACTS, -1, -1, -1))
     return Tokens(keys, values, facts, tokens.positions.gather(2, indices))
+
+
+def _kind(keys: Tensor, values: Tensor) -> tuple:
+    B, H, _, D = keys.shape
+    return B, H, D, values.shape[:2], values.shape[3], keys.dtype, values.dtype, keys.device, values.device
 
 
 def _select(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:

@@ -3,13 +3,13 @@
 
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 import torch  # first: _C needs the libraries that torch loads
+from packaging.version import Version
 
 PACKAGE = "fixed_size_kv_cache"
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = "2.11"
 REMEDY = "Run `pip install -e .` in its source folder"
 
 
@@ -28,9 +28,8 @@ def problem(build, torch_version, torch_cuda):
         torch_version: `torch.__version__`.
         torch_cuda: `torch.version.cuda`, None for a torch without CUDA.
     """
-    release = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch_version).groups()))
-    if release < OLDEST_TORCH:
-        return f"{PACKAGE} needs torch 2.11 or newer; got torch {torch_version}. Run `pip install -U torch`."
+    if Version(torch_version).release < Version(OLDEST_TORCH).release:
+        return f"{PACKAGE} needs torch {OLDEST_TORCH} or newer; got torch {torch_version}. Run `pip install -U torch`."
     if build is None:
         return f"{PACKAGE} is not built for this Python. {REMEDY}."
     if build["cuda"] is None or (torch_cuda or "").split(".")[0] == build["cuda"].split(".")[0]:

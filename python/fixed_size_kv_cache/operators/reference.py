@@ -1,14 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators in plain torch: the specification that CPU and CUDA kernels match bit for bit.
+"""The operators in plain torch: the specification. Kernels match it bit for bit; those of attention, whose sums are
+those of float64 here, approach it.
 
 Letters, here and everywhere: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``Hq = H * G``, ``Q`` new
 queries, ``S`` tokens seen, ``D`` head dimension. A score says how much attention a token got; the larger stays.
 """
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
-__all__ = ["accumulate_scores_", "rank", "sum_skipped", "truncate"]
+from .reference_chunk import chunk_attention_
+
+__all__ = [
+    "accumulate_scores_",
+    "chunk_attention_",
+    "decode_attention_",
+    "rank",
+    "sum_skipped",
+    "truncate",
+]
 
 SUM_SEGMENTS = 16
 """Runs of tokens that the skipped entry is summed over, see :func:`sum_skipped`."""
@@ -128,6 +141,187 @@ def accumulate_scores_(
             delta = torch.where(query_weight == 0, delta, delta + query_weight * group_sum)
     carried = scores if carry is None else carry[:, None, None] * scores
     scores.copy_(torch.where(scores.isfinite(), carried + delta, scores))
+
+
+def decode_attention_(
+    query: Tensor,  # [B, Hq, 1, D]
+    new_keys: Tensor,  # [B, H, 1, D]
+    new_values: Tensor,  # [B, H, 1, Dv]
+    keys: Tensor,  # [B, H, N + 1, D], or [B, rows, D] with a head_layout
+    values: Tensor,  # [B, H, N + 1, Dv]
+    facts: Tensor,  # [4, B, H, N + 1]
+    positions: Tensor,  # [B, H, N + 1]
+    seen: Tensor,  # [B]
+    length: int,
+    *,
+    scaling: float,
+    decay: float,
+    prior: float,
+    redundancy: float,
+    value_weight: bool,
+    sink_tokens: int,
+    recent_tokens: int,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [Hq]
+    valid: Tensor | None = None,  # [B]
+    protected: Tensor | None = None,  # [B]
+    head_layout: Tensor | None = None,  # [H, 4]
+    skipped_keys: Tensor | None = None,  # [B, H, D]
+    skipped_values: Tensor | None = None,  # [B, H, Dv]
+    skipped_count: Tensor | None = None,  # [B, H]
+    lost: Tensor | None = None,  # [B, H]
+    skipped_mean: bool = True,
+) -> Tensor:
+    """One new token for every row of a cache of fixed size: attends to the slots and to the new token, adds the
+    attention to the scores, raises redundancy, and puts the new token in the place of the one that goes. In place.
+
+    KV head ``h`` has ``N`` slots, of which the first ``T = min(length, N)`` are in use. The new token goes to slot
+    ``T`` while there is one, then to the slot of the least by eviction score ``(s + prior * G) * w * (1 - redundancy *
+    r)``, which may be the new token itself: then it is not kept. From first to go to last: empty slots, finite scores,
+    NaN, +inf and protected tokens; of equal ones the smaller position. See ``docs/eviction.md``.
+
+    An empty slot has position -1 and score -inf, and contributes nothing whatever bytes it holds. One slot more than
+    ``N`` lies behind those of each head; it is neither read nor written.
+
+    Sums are kept in float32, in float64 for float64, in an order that depends on shapes and the instruction set only:
+    the same bits on every run, for any number of threads. Here they are those of float64. A kernel's output is no
+    further from them than that of ``scaled_dot_product_attention``, and the same token goes wherever two eviction
+    scores differ by more than 1e-5 relative.
+
+    Args:
+        query: ``[B, Hq, 1, D]`` in float32, float16, bfloat16 or float64, any strides with a contiguous last dimension.
+            ``Hq`` is a multiple of ``H``; KV head ``h`` owns query heads ``h * G`` to ``h * G + G - 1``.
+        new_keys: ``[B, H, 1, D]``, as ``query``.
+        new_values: ``[B, H, 1, Dv]``, as ``query``.
+        keys: the slots ``[B, H, N + 1, D]``, as ``query``. With a ``head_layout`` the slots of all heads lie in one
+            row, ``[B, rows, D]``, and so do those of the next three.
+        values: ``[B, H, N + 1, Dv]``, as ``keys``.
+        facts: ``[4, B, H, N + 1]`` in float32, contiguous in the last dimension: for each slot its score ``s``, the
+            norm of its value ``w``, its redundancy ``r``, the largest cosine of its key with a newer one, and 1 over
+            the norm of its key.
+        positions: ``[B, H, N + 1]`` in int32, contiguous in the last dimension: how many real tokens of its row came
+            before it, -1 for an empty slot.
+        seen: ``[B]`` in int32: real tokens that each row has seen, the position of its new token; raised by one.
+        length: tokens seen before this step, padding included. A compiled graph passes ``N``: then all slots are looked
+            at, and the new token takes the first empty one.
+        scaling: what the products of queries and keys are multiplied with.
+        decay: what is left of a score after this step.
+        prior: what every token is credited with, for each query head of the group.
+        redundancy: how much a token loses when a newer key points the same way; 0: no redundancy is kept.
+        value_weight: whether ``w`` is the norm of the value, or 1.
+        sink_tokens: the first tokens of each row, which never go.
+        recent_tokens: the last tokens of each row, which never go, the new one among them.
+        softcap: logits become ``softcap * tanh(logit / softcap)``.
+        sinks: attention sinks ``[Hq]`` of any of the four types: a logit that takes part in the softmax, without a
+            value and without a vote.
+        valid: ``[B]`` bool, False for padding: the state of that row stays bitwise as it was, its output is zero.
+        protected: ``[B]`` bool: rows whose new token enters with a score of +inf, and so never goes.
+        head_layout: ``[H, 4]`` in int32, where KV heads have different numbers of slots: the first row of each head,
+            its ``N``, its sink tokens and its recent tokens, which take the place of the two arguments. Ascending.
+        skipped_keys: sum of the keys ``[B, H, D]`` of the tokens that have gone, in float32 (float64 for float64), the
+            entry: it takes part in the attention as so many tokens of their mean key and value. The token that goes in
+            this step is added to it afterwards. All four of these, or none.
+        skipped_values: sum of their values ``[B, H, Dv]``, likewise.
+        skipped_count: how many they are, ``[B, H]`` in int32.
+        lost: ``[B, H]`` in float32, written: the share of this step's attention that the entry has received.
+        skipped_mean: False: the entry is one token, whose key and value are the literal sums.
+
+    Returns:
+        The attention's output ``[B, Hq, 1, Dv]``, in new memory.
+
+    Raises:
+        RuntimeError: for arguments other than these, where an argument that is written shares memory with another, and
+            where a gradient would be needed.
+
+    Example:
+        >>> B, H, N, D = 1, 1, 2, 4
+        >>> keys, values = torch.zeros(B, H, N + 1, D), torch.zeros(B, H, N + 1, D)
+        >>> facts, positions = torch.zeros(4, B, H, N + 1), torch.full((B, H, N + 1), -1, dtype=torch.int32)
+        >>> facts[0] = -torch.inf  # the scores of empty slots
+        >>> seen = torch.zeros(B, dtype=torch.int32)
+        >>> rule = dict(decay=1.0, prior=0.0, redundancy=0.0, value_weight=False, sink_tokens=0, recent_tokens=1)
+        >>> for step in range(3):
+        ...     token = torch.full((B, H, 1, D), float(step))
+        ...     state = (keys, values, facts, positions, seen)
+        ...     output = torch.ops.fsdc.decode_attention_(token, token, token, *state, step, scaling=0.5, **rule)
+        >>> positions  # token 1 got the least attention
+        tensor([[[ 0,  2, -1]]], dtype=torch.int32)
+
+    Source: the attention of H2O (Zhang et al. 2023) with an eviction rule of our own, in one pass.
+    """
+    (B, Hq), H = query.shape[:2], new_keys.shape[1]
+    output = query.new_zeros(B, Hq, 1, new_values.shape[3])
+    for b, h in itertools.product(range(B), range(H)):
+        if valid is not None and not valid[b]:
+            continue
+        group = slice(h * (Hq // H), (h + 1) * (Hq // H))
+        layout = None if head_layout is None else head_layout[h].tolist()
+        here = (b, h) if layout is None else (b, slice(layout[0], layout[0] + layout[1] + 1))
+        head_keys, head_values, head_positions = keys[here], values[here], positions[here]
+        head_facts = facts[(slice(None), *here)]  # [4, N + 1]
+        scores, _, redundancies, key_scales = head_facts
+        N = head_keys.shape[0] - 1
+        T = min(length, N)
+        new_key, new_value, position = new_keys[b, h, 0], new_values[b, h, 0], int(seen[b])
+
+        # The tokens that take part: those held, and the new one last.
+        held = (head_positions[:T] >= 0).nonzero()[:, 0]
+        logits = (query[b, group, 0].double() * scaling) @ torch.cat([head_keys[held], new_key[None]]).double().mT
+        if softcap is not None:
+            logits = softcap * (logits / softcap).tanh()
+        parts = [logits]  # [G, held + 1], then what else is in the denominator
+        if skipped_keys is not None:
+            count = int(skipped_count[b, h])
+            each = max(count, 1) if skipped_mean else 1
+            logit = (query[b, group, 0].double() * scaling) @ (skipped_keys[b, h].double() / each)
+            if softcap is not None:
+                logit = softcap * (logit / softcap).tanh()
+            bias = -math.inf if count == 0 else math.log(each)
+            parts.append((logit + bias)[:, None])
+        if sinks is not None:
+            parts.append(sinks[group, None].double())
+        probabilities = torch.cat(parts, dim=1).softmax(dim=1)
+        weights = probabilities[:, : held.numel() + 1]
+        head_output = weights @ torch.cat([head_values[held], new_value[None]]).double()
+        if skipped_keys is not None:
+            of_entry = probabilities[:, held.numel() + 1]
+            if count > 0:
+                head_output += of_entry[:, None] * (skipped_values[b, h].double() / each)
+            lost[b, h] = of_entry.mean()
+        output[b, group, 0] = head_output.to(query.dtype)
+
+        received = weights.sum(0).float()  # [held + 1]
+        scores[held] = torch.where(scores[held].isfinite(), decay * scores[held] + received[:-1], scores[held])
+        new_scale = 1 / new_key.float().norm().clamp(min=1e-12)
+        if redundancy > 0:
+            alike = head_keys[held].double() @ (new_key.double() * new_scale)
+            redundancies[held] = torch.maximum(redundancies[held], (alike * key_scales[held]).float())
+
+        is_protected = protected is not None and bool(protected[b])
+        new_facts = torch.tensor(
+            [math.inf if is_protected else received[-1], new_value.float().norm(), 0, new_scale]
+        ).to(facts)
+        slot = T
+        if T == N:
+            s, w, r, _ = torch.cat([head_facts[:, :N], new_facts[:, None]], dim=1)
+            token_positions = torch.cat([head_positions[:N], seen[b : b + 1]])  # [N + 1], that of the new token last
+            first_sinks, last_tokens = (sink_tokens, recent_tokens) if layout is None else layout[2:]
+            eviction = (s + prior * (Hq // H)) * (w if value_weight else 1.0) * (1 - redundancy * r)
+            eviction = torch.where(s.isfinite(), eviction, s)
+            is_kept = (token_positions < first_sinks) | (token_positions > position - last_tokens)
+            eviction = eviction.masked_fill(is_kept, math.inf).masked_fill(token_positions < 0, -math.inf)
+            order = zip(rank(eviction).tolist(), token_positions.tolist(), range(N + 1), strict=True)
+            _, gone, slot = min(order)
+            if skipped_keys is not None and gone >= 0:
+                skipped_keys[b, h] += new_key if slot == N else head_keys[slot]
+                skipped_values[b, h] += new_value if slot == N else head_values[slot]
+                skipped_count[b, h] += 1
+            if slot == N:  # the new token itself goes
+                continue
+        head_keys[slot], head_values[slot], head_positions[slot] = new_key, new_value, position
+        head_facts[:, slot] = new_facts
+    seen += 1 if valid is None else valid.int()
+    return output
 
 
 def rank(scores: Tensor) -> Tensor:

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .checks import check_accumulate_scores, check_truncate
+from .checks import check_accumulate_scores, check_chunk_attention, check_truncate
+from .decode_checks import check_decode_attention
 from .load import BUILD
 
 truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
-OPERATORS = ("truncate", "accumulate_scores_")  # in the order of csrc/ops.cpp
+decode_attention_ = torch.ops.fsdc.decode_attention_.default
+chunk_attention_ = torch.ops.fsdc.chunk_attention_.default
+OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_", "chunk_attention_")  # in the order of csrc/ops.cpp
+CPU_ONLY = ("decode_attention_", "chunk_attention_")
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
@@ -34,22 +38,48 @@ def _(scores: Tensor, weights: Tensor, query_weights: Tensor | None = None, carr
     check_accumulate_scores(scores, weights, query_weights, carry)
 
 
-def _refuse_gradients(operator, *args, **kwargs):
-    """The Autograd kernel of every operator: the stable C++ interface cannot see ``requires_grad``."""
-    name, arguments = operator._schema.name.partition("::")[2], operator._schema.arguments
-    by_name = {**{argument.name: x for argument, x in zip(arguments, args, strict=False)}, **kwargs}
-    for x in by_name.values():
-        if isinstance(x, Tensor) and ((torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x)):
-            raise RuntimeError(
-                f"{name}: inputs must not require gradients, there is no backward; got an input with "
-                "requires_grad=True; call it under torch.no_grad() or torch.inference_mode(), or .detach() it"
-            )
+@torch.library.register_fake("fsdc::decode_attention_")
+def _(*args, **kwargs) -> Tensor:
+    given = _by_name(torch.ops.fsdc.decode_attention_.default, args, kwargs)
+    check_decode_attention(given)
+    query, new_values = given["query"], given["new_values"]
+    return query.new_empty((query.shape[0], query.shape[1], 1, new_values.shape[3]))
+
+
+@torch.library.register_fake("fsdc::chunk_attention_")
+def _(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, **options) -> Tensor:
+    check_chunk_attention(query, keys, values, **options)
+    return query.new_empty((*query.shape[:3], values.shape[-1]))
+
+
+def _by_name(operator, args: tuple, kwargs: dict) -> dict:
+    """All arguments of a call by their names in the schema, with defaults for those that were not given."""
+    arguments = operator._schema.arguments
+    defaults = {x.name: x.default_value for x in arguments if x.has_default_value()}
+    return {**defaults, **{x.name: value for x, value in zip(arguments, args, strict=False)}, **kwargs}
+
+
+def _refuse_gradients(operator, written: tuple[tuple[int, str], ...], *args, **kwargs):
+    """The Autograd kernel of every operator: the stable C++ interface cannot see ``requires_grad``.
+
+    ``written`` says where the arguments are that the operator writes: their place and name in the schema.
+    """
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor) and (
+                (torch.is_grad_enabled() and tensor.requires_grad) or _has_tangent(tensor)
+            ):
+                name = operator._schema.name.removeprefix("fsdc::")
+                raise RuntimeError(
+                    f"{name}: inputs must not require gradients, there is no backward; got an input with "
+                    "requires_grad=True; call it under torch.no_grad() or torch.inference_mode(), or .detach() it"
+                )
     with torch._C._AutoDispatchBelowAutograd():
         outputs = operator(*args, **kwargs)
-    for argument in arguments:  # a graph that saved what is written must notice
-        x = by_name.get(argument.name)
-        if argument.is_write and isinstance(x, Tensor) and not x.is_inference():
-            torch.autograd.graph.increment_version(x)
+    changed = [args[place] if place < len(args) else kwargs.get(name) for place, name in written]
+    changed = [x for x in changed if x is not None and not x.is_inference()]
+    if changed:
+        torch.autograd.graph.increment_version(changed)  # a graph that saved one of them before must notice
     return outputs
 
 
@@ -59,6 +89,11 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def _refuse_cuda(name: str, *args, **kwargs):
+    if name in CPU_ONLY:
+        raise RuntimeError(
+            f"{name}: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device; "
+            "move them with .cpu()"
+        )
     raise RuntimeError(
         f"{name}: tensors must be on the CPU, this build has no CUDA kernels; got tensors on a CUDA device; "
         "build again where nvcc is found (`fsdc info` shows what was built)"
@@ -66,6 +101,12 @@ def _refuse_cuda(name: str, *args, **kwargs):
 
 
 for _name in OPERATORS:
-    _library.impl(_name, functools.partial(_refuse_gradients, getattr(torch.ops.fsdc, _name).default), "Autograd")
-    if BUILD["cuda"] is None:
+    _operator = getattr(torch.ops.fsdc, _name).default
+    _written = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(_operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    _library.impl(_name, functools.partial(_refuse_gradients, _operator, _written), "Autograd")
+    if BUILD["cuda"] is None or _name in CPU_ONLY:
         _library.impl(_name, functools.partial(_refuse_cuda, _name), "CUDA")

@@ -116,7 +116,7 @@ class Race:
     read: int = 0
     asked: int = 0
 
-    def facts(self) -> dict:
+    def figures(self) -> dict:
         """What ``--json`` says of it."""
         return {
             "task": self.task,

@@ -76,7 +76,7 @@ float expected_score(const Inputs& in, int64_t b, int64_t h, int64_t s, bool ove
 }  // namespace
 
 TEST_CASE("scores are summed in the order of the contract") {
-  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
   const bool overwrite = GENERATE(false, true);
   const int threads = GENERATE(1, 2, 5);
   Inputs in;
@@ -86,11 +86,11 @@ TEST_CASE("scores are summed in the order of the contract") {
   Inputs before = in;
   AccumulateScoresParams params = in.params();
   params.overwrite = overwrite;
-  cpu::accumulate_scores(params, test::Threads(threads), kernels);
+  cpu::accumulate_scores(params, test::Threads(threads), isa);
   for (int64_t b = 0; b < kBatch; ++b) {
     for (int64_t h = 0; h < kHeads; ++h) {
       for (int64_t s = 0; s < kTokens; ++s) {
-        CAPTURE(kernels.isa, b, h, s);
+        CAPTURE(cpu::name_of(isa), b, h, s);
         REQUIRE(std::bit_cast<uint32_t>(in.scores[(b * kHeads + h) * kTokens + s]) ==
                 std::bit_cast<uint32_t>(expected_score(before, b, h, s, overwrite)));
       }
@@ -99,10 +99,10 @@ TEST_CASE("scores are summed in the order of the contract") {
 }
 
 TEST_CASE("a query of weight zero is not read") {
-  const cpu::KernelTable& kernels = *GENERATE(from_range(cpu::available_kernels()));
+  const cpu::Isa isa = GENERATE(from_range(cpu::available_isas()));
   Inputs in;
   in.query_weights[1] = 0;
   for (int64_t s = 0; s < kTokens; ++s) in.weights[kTokens + s] = std::numeric_limits<float>::quiet_NaN();
-  cpu::accumulate_scores(in.params(), cpu::Sequential(), kernels);
+  cpu::accumulate_scores(in.params(), cpu::Sequential(), isa);
   CHECK(std::none_of(in.scores.begin(), in.scores.end(), [](float score) { return std::isnan(score); }));
 }

@@ -7,7 +7,7 @@
 
 namespace {
 
-uint32_t key(float score) { return fsdc::score_key(std::bit_cast<uint32_t>(score)); }
+uint32_t code(float score) { return fsdc::score_code(std::bit_cast<uint32_t>(score)); }
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -26,22 +26,22 @@ TEST_CASE("keys rise with the rank of the score") {
                              kInf};
   for (size_t i = 1; i < std::size(ascending); ++i) {
     CAPTURE(i, ascending[i]);
-    CHECK(key(ascending[i - 1]) < key(ascending[i]));
+    CHECK(code(ascending[i - 1]) < code(ascending[i]));
   }
 }
 
 TEST_CASE("zeros of both signs are equal, and so is every NaN") {
-  CHECK(key(-0.0f) == key(0.0f));
+  CHECK(code(-0.0f) == code(0.0f));
   for (uint32_t bits : {0x7f800001u, 0x7fc00000u, 0x7fffffffu, 0xff800001u, 0xffc00000u, 0xffffffffu}) {
-    CHECK(fsdc::score_key(bits) == fsdc::kKeyOfNaN);
+    CHECK(fsdc::score_code(bits) == fsdc::kCodeOfNaN);
   }
 }
 
-TEST_CASE("no score has the key of a missing one, 0") { CHECK(key(-kInf) > 0); }
+TEST_CASE("no score has the code of a missing one, 0") { CHECK(code(-kInf) > 0); }
 
-TEST_CASE("keys keep the order of neighbouring floats") {
+TEST_CASE("codes keep the order of neighbouring floats") {
   for (uint32_t bits = 0; bits < 0x7f800000u; bits += 977) {
-    CHECK(fsdc::score_key(bits + 1) > fsdc::score_key(bits));
-    CHECK(fsdc::score_key((bits + 1) | 0x80000000u) < fsdc::score_key(bits | 0x80000000u));
+    CHECK(fsdc::score_code(bits + 1) > fsdc::score_code(bits));
+    CHECK(fsdc::score_code((bits + 1) | 0x80000000u) < fsdc::score_code(bits | 0x80000000u));
   }
 }

@@ -14,6 +14,8 @@ class Threads final : public cpu::Parallel {
  public:
   explicit Threads(int count) : count_(count) {}
 
+  int64_t threads() const override { return count_; }
+
   void run(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) const override {
     const int64_t piece = (n + count_ - 1) / count_;
     std::vector<std::thread> threads;

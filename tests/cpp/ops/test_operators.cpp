@@ -5,6 +5,7 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/matchers/catch_matchers.hpp>
+#include <cmath>
 
 #include "csrc/fsdc.h"
 
@@ -51,6 +52,64 @@ TEST_CASE("accumulate_scores_ writes in place") {
   const at::Tensor weights = at::ones({1, 4, 5, 3}, device);
   fsdc::accumulate_scores_(scores, weights, std::nullopt, at::full({1}, 0.5, device));
   CHECK(scores.equal(at::full({1, 2, 3}, 0.5 + 2 * 5, device)));
+}
+
+TEST_CASE("decode_attention_ attends, counts votes and evicts") {
+  const auto ints = at::TensorOptions(at::kInt);
+  fsdc::Slots slots{.keys = at::zeros({1, 1, 3, 4}),
+                    .values = at::zeros({1, 1, 3, 2}),
+                    .facts = at::zeros({4, 1, 1, 3}),
+                    .positions = at::full({1, 1, 3}, -1, ints),
+                    .seen = at::zeros({1}, ints)};
+  slots.facts[0].fill_(-INFINITY);
+  const fsdc::EvictionRule rule{.prior = 0, .redundancy = 0, .value_weight = false, .recent_tokens = 1};
+  at::Tensor output;
+  for (int64_t step = 0; step < 3; ++step) {
+    const at::Tensor token = at::full({1, 1, 1, 4}, static_cast<double>(step));
+    output = fsdc::decode_attention_(token, token, token.slice(3, 0, 2), slots, step, rule, {.scaling = 0.5});
+  }
+  // The last query is alike the last key most: logits 0, 4 and 8.
+  const at::Tensor weights = at::tensor({0.0f, 4.0f, 8.0f}).softmax(0);
+  CHECK(at::allclose(output, (weights * at::arange(3)).sum().expand({1, 1, 1, 2})));
+  CHECK(slots.positions.flatten().equal(at::tensor({0, 2, -1}, ints)));  // token 1 had the least
+  CHECK(at::allclose(slots.facts[0][0][0][1], weights[2]));
+  CHECK(slots.seen.item<int>() == 3);
+}
+
+TEST_CASE("decode_attention_ with heads of their own, an entry and all options") {
+  const auto ints = at::TensorOptions(at::kInt);
+  fsdc::Slots slots{.keys = at::randn({2, 5, 4}),
+                    .values = at::randn({2, 5, 4}),
+                    .facts = at::zeros({4, 2, 5}),
+                    .positions = at::zeros({2, 5}, ints),
+                    .seen = at::full({2}, 9, ints),
+                    .head_layout = at::tensor({0, 1, 0, 0, 2, 2, 0, 0}, ints).view({2, 4}),
+                    .skipped_keys = at::zeros({2, 2, 4}),
+                    .skipped_values = at::zeros({2, 2, 4}),
+                    .skipped_count = at::zeros({2, 2}, ints),
+                    .lost = at::zeros({2, 2})};
+  slots.positions[1].copy_(at::tensor({0, -1, 1, 0, -1}, ints));
+  const at::Tensor query = at::randn({2, 4, 1, 4}), token = at::randn({2, 2, 1, 4});
+  const fsdc::DecodeOptions options{.scaling = 0.5,
+                                    .softcap = 3.0,
+                                    .sinks = at::zeros({4}),
+                                    .valid = at::tensor({0, 1}, ints).to(at::kBool),
+                                    .is_protected = at::ones({2}, at::kBool)};
+  const at::Tensor output = fsdc::decode_attention_(query, token, token, slots, 9, {.redundancy = 0}, options);
+  CHECK(output[0].equal(at::zeros({4, 1, 4})));  // padding
+  CHECK(output[1].abs().min().item<float>() > 0);
+  CHECK(slots.positions.equal(at::tensor({0, 0, 0, 0, 0, 9, -1, 1, 9, -1}, ints).view({2, 5})));
+  CHECK(slots.skipped_count->equal(at::tensor({0, 0, 1, 1}, ints).view({2, 2})));
+  CHECK(slots.seen.equal(at::tensor({9, 10}, ints)));
+}
+
+TEST_CASE("chunk_attention_ attends and votes") {
+  const at::Tensor keys = at::zeros({1, 1, 3, 4}), values = at::arange(3, at::kFloat).view({1, 1, 3, 1});
+  const at::Tensor facts = at::zeros({4, 1, 1, 3});
+  const at::Tensor query = at::ones({1, 2, 2, 4});  // sees two tokens, then three
+  const at::Tensor output = fsdc::chunk_attention_(query, keys, values, 1.0, {.facts = facts});
+  CHECK(at::allclose(output, at::tensor({0.5f, 1.0f}).view({1, 1, 2, 1}).expand({1, 2, 2, 1})));
+  CHECK(at::allclose(facts[0].view(-1), at::tensor({5.0f / 3, 5.0f / 3, 2.0f / 3})));
 }
 
 TEST_CASE("a bad argument throws and says what came") {

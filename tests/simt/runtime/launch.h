@@ -35,6 +35,7 @@ struct Options {
   uint64_t seed = 1;                  // of the random order
   unsigned resident_clusters = 1;     // alive at the same time; a block alone is a cluster of one
   unsigned shared_bytes = 227 << 10;  // the most that a block may have, static and dynamic together
+  unsigned largest_cluster = 8;       // blocks that fit side by side
   std::optional<SyncSite> removed;    // this one does nothing: a test that passes all the same proves too little
 };
 Options& options();

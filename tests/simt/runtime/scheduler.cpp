@@ -130,6 +130,7 @@ void check(const Grid& grid) {
   require(grid.dynamic_shared_bytes <= options().shared_bytes, "no more dynamic shared memory than the device");
   require(grid.cluster == 1 || grid.cluster == 2 || grid.cluster == 4 || grid.cluster == 8,
           "clusters of 1, 2, 4 or 8 blocks");
+  require(grid.cluster <= options().largest_cluster, "no larger clusters than fit on the device");
   require(blocks.x % grid.cluster == 0, "whole clusters along x");
 }
 

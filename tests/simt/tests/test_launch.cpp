@@ -61,6 +61,10 @@ TEST_CASE("launch: what a device refuses") {
              ContainsSubstring("dynamic shared memory"));
   CHECK_THAT(error_of({.blocks = 3, .threads = 1, .cluster = 3}, nothing), ContainsSubstring("clusters of 1, 2, 4"));
   CHECK_THAT(error_of({.blocks = 3, .threads = 1, .cluster = 2}, nothing), ContainsSubstring("whole clusters"));
+  const KeepOptions keep;
+  options().largest_cluster = 2;
+  CHECK(error_of({.blocks = 4, .threads = 1, .cluster = 2}, nothing) == "no error");
+  CHECK_THAT(error_of({.blocks = 4, .threads = 1, .cluster = 4}, nothing), ContainsSubstring("fit on the device"));
 }
 
 TEST_CASE("launch: the runtime is usable after an error") {

@@ -4,22 +4,15 @@
 
 #include <algorithm>
 
-#include "../truncate.h"
+#include "kernels/cuda/device.h"
+#include "kernels/truncate.h"
 
 namespace fsdc::cuda {
-
-// What a plan needs to know of a device.
-struct Device {
-  int64_t multiprocessors;
-  int64_t shared_bytes_per_block;  // at most, when asked for
-  int64_t shared_bytes_per_multiprocessor;
-  bool has_clusters;  // and the kernels were compiled for them
-};
 
 struct TruncatePlan {
   uint32_t cluster = 1;           // blocks that select a row together, each some of its tokens: 1, 2, 4 or 8
   uint32_t clusters_per_row = 1;  // each selects for itself, then they share the copying
-  bool keys_on_chip = false;      // in shared memory, read once; else the scores are read again in each pass
+  bool codes_on_chip = false;     // in shared memory, read once; else the scores are read again in each pass
 
   uint32_t blocks_per_row() const { return cluster * clusters_per_row; }
 };
@@ -33,8 +26,8 @@ FSDC_HOST_DEVICE inline int64_t tokens_per_block(int64_t tokens, uint32_t cluste
 }
 
 // Bytes of dynamic shared memory.
-inline int64_t key_bytes(const TruncateParams& params, const TruncatePlan& plan) {
-  return plan.keys_on_chip ? std::max<int64_t>(tokens_per_block(params.tokens, plan.cluster), 1) * 4 : 0;
+inline int64_t code_bytes(const TruncateParams& params, const TruncatePlan& plan) {
+  return plan.codes_on_chip ? std::max<int64_t>(tokens_per_block(params.tokens, plan.cluster), 1) * 4 : 0;
 }
 
 // Where rows are fewer than multiprocessors, several blocks share one; with clusters they share the selection too.
@@ -60,23 +53,22 @@ inline TruncatePlan plan_truncate(const TruncateParams& params, const Device& de
   };
 
   TruncatePlan plan;
-  if (device.has_clusters) {
-    const int64_t two_blocks = std::min(device.shared_bytes_per_block, device.shared_bytes_per_multiprocessor / 2);
-    while (plan.cluster < kMostInCluster && (plan.cluster * 2 <= blocks || !fits(plan.cluster, two_blocks))) {
-      plan.cluster *= 2;
-    }
+  const int64_t two_blocks = std::min(device.shared_bytes_per_block, device.shared_bytes_per_multiprocessor / 2);
+  while (plan.cluster * 2 <= std::min(device.largest_cluster, kMostInCluster) &&
+         (plan.cluster * 2 <= blocks || !fits(plan.cluster, two_blocks))) {
+    plan.cluster *= 2;
   }
-  plan.keys_on_chip = fits(plan.cluster, device.shared_bytes_per_block);
-  if (!has_weights || !plan.keys_on_chip) {
+  plan.codes_on_chip = fits(plan.cluster, device.shared_bytes_per_block);
+  if (!has_weights || !plan.codes_on_chip) {
     plan.clusters_per_row = static_cast<uint32_t>(std::max<int64_t>(blocks / plan.cluster, 1));
   }
   return plan;
 }
 
-// Weights are summed on the way in where each is then read once: with one cluster per row, and keys that stay on chip.
+// Weights are summed on the way in where each is then read once: with one cluster per row, and codes that stay on chip.
 // Rows too long for that take two launches: read again in each pass, the sums would be made up to five times. Few rows
 // with many queries leave multiprocessors idle, before sm_90 most of them; two launches may be faster there, which
 // nobody has measured.
-inline bool can_sum_weights(const TruncatePlan& plan) { return plan.keys_on_chip && plan.clusters_per_row == 1; }
+inline bool can_sum_weights(const TruncatePlan& plan) { return plan.codes_on_chip && plan.clusters_per_row == 1; }
 
 }  // namespace fsdc::cuda

@@ -2,7 +2,7 @@
 // Which tokens of a row stay: their indices, in token order.
 #pragma once
 
-#include "truncate_threshold.cuh"
+#include "threshold.cuh"
 
 namespace fsdc::cuda {
 
@@ -13,8 +13,8 @@ struct Boundary {
   int shift;
   int64_t first_equal;
 
-  __device__ bool keeps(uint32_t key, int64_t token) const {
-    const uint32_t digits = key >> shift;
+  __device__ bool keeps(uint32_t code, int64_t token) const {
+    const uint32_t digits = code >> shift;
     return digits > prefix || (digits == prefix && token >= first_equal);
   }
 };
@@ -26,8 +26,8 @@ struct Counts {
 };
 
 // Of the blocks before this one in its team.
-template <int kThreads, class Keys>
-__device__ Counts count_before(const Keys& keys, const Team& team, const Threshold& threshold) {
+template <int kThreads, class Codes>
+__device__ Counts count_before(const Codes& codes, const Team& team, const Threshold& threshold) {
   constexpr uint32_t kMostBlocks = 8;
   FSDC_SHARED(mine, Counts);
   FSDC_SHARED(all, Counts[kMostBlocks]);
@@ -36,7 +36,7 @@ __device__ Counts count_before(const Keys& keys, const Team& team, const Thresho
   __syncthreads();
   Counts counts{0, 0};
   for (int64_t token = threadIdx.x; token < team.tokens; token += kThreads) {
-    const uint32_t digits = keys(token) >> threshold.shift;
+    const uint32_t digits = codes(token) >> threshold.shift;
     counts.greater += digits > threshold.prefix ? 1 : 0;
     counts.equal += digits == threshold.prefix ? 1 : 0;
   }
@@ -58,17 +58,17 @@ __device__ Counts count_before(const Keys& keys, const Team& team, const Thresho
 
 // indices[rank] = token for the kept tokens of this block with a rank in [first_rank, end_rank), ascending. A warp
 // holds kItems times 32 tokens in a row, so a ballot gives their order.
-template <int kThreads, class Keys>
-__device__ Boundary write_indices(const Keys& keys, const Team& team, const Threshold& threshold, int64_t first_rank,
+template <int kThreads, class Codes>
+__device__ Boundary write_indices(const Codes& codes, const Team& team, const Threshold& threshold, int64_t first_rank,
                                   int64_t end_rank, int64_t* indices) {
-  constexpr int kItems = Keys::kItems;  // tokens of one thread, 32 apart
+  constexpr int kItems = Codes::kItems;  // tokens of one thread, 32 apart
   constexpr int kWarpTokens = kWarpThreads * kItems;
   constexpr int kBlockTokens = kThreads * kItems;
   static_assert(kBlockTokens < 1 << 16, "two counts share a word");
   FSDC_SHARED(slots, uint32_t[2][kThreads / kWarpThreads]);  // in turns: one barrier a round is enough
   FSDC_SHARED(first_equal, int64_t);
 
-  Counts seen = count_before<kThreads>(keys, team, threshold);
+  Counts seen = count_before<kThreads>(codes, team, threshold);
   // Unless this block has the first equal token that stays: then all of its equal ones do, or none.
   if (threadIdx.x == 0) first_equal = team.first_token + (seen.equal > threshold.skip ? 0 : team.tokens);
   const uint32_t lanes_before = (1u << lane_index()) - 1;
@@ -83,7 +83,7 @@ __device__ Boundary write_indices(const Keys& keys, const Team& team, const Thre
     FSDC_UNROLL
     for (int i = 0; i < kItems; ++i) {
       const int offset = i * kWarpThreads;
-      digits[i] = offset < left ? keys(first + offset) >> threshold.shift : 0;
+      digits[i] = offset < left ? codes(first + offset) >> threshold.shift : 0;
     }
     FSDC_UNROLL
     for (int i = 0; i < kItems; ++i) {

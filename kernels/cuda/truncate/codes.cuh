@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The keys (../score_order.h) of the tokens that a block looks at, and how often each first digit occurs among them.
+// The codes (kernels/score_order.h) of the tokens that a block looks at, and how often each first digit is among them.
 #pragma once
 
-#include "../score_order.h"
-#include "../truncate.h"
-#include "block.cuh"
-#include "cluster.cuh"
-#include "truncate_plan.h"
-#include "weight_sums.cuh"
+#include "kernels/cuda/block.cuh"
+#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/weight_sums.cuh"
+#include "kernels/score_order.h"
+#include "kernels/truncate.h"
+#include "plan.h"
 
 namespace fsdc::cuda {
 
 constexpr int kBins = 1 << 11;
 constexpr int kFirstShift = 21;  // digits have 11, 11 and 10 bits, the highest first
 
-// Where a block finds the keys of its tokens.
-enum class KeySource { kScoresStreamed, kScoresOnChip, kWeightSumsOnChip };
+// Where a block finds the codes of its tokens.
+enum class CodeSource { kScoresStreamed, kScoresOnChip, kWeightSumsOnChip };
 
 // The blocks that select one row together, and the part of this one.
 struct Team {
@@ -33,29 +33,29 @@ __device__ inline Team team_of(int64_t tokens, uint32_t cluster) {
 }
 
 // Made anew from the scores each time, from L1 as far as they fit there: for rows of any length.
-struct StreamedKeys {
+struct StreamedCodes {
   static constexpr bool kFirstDigitIsCounted = false;
   static constexpr int kItems = 4;  // with 6 sm_86 and sm_89 spill registers
   const float* scores;              // of this block's first token
-  __device__ uint32_t operator()(int64_t token) const { return score_key(__float_as_uint(__ldg(scores + token))); }
+  __device__ uint32_t operator()(int64_t token) const { return score_code(__float_as_uint(__ldg(scores + token))); }
 };
 
 // In shared memory. While they were brought there, their first digits were counted.
-struct KeysOnChip {
+struct CodesOnChip {
   static constexpr bool kFirstDigitIsCounted = true;
   static constexpr int kItems = 8;
-  const uint32_t* keys;
-  __device__ uint32_t operator()(int64_t token) const { return keys[token]; }
+  const uint32_t* codes;
+  __device__ uint32_t operator()(int64_t token) const { return codes[token]; }
 };
 
-__device__ inline void bring_key(float score, int64_t token, uint32_t* keys, uint32_t* histogram) {
-  const uint32_t key = score_key(__float_as_uint(score));
-  keys[token] = key;
-  atomicAdd(&histogram[key >> kFirstShift], 1u);
+__device__ inline void bring_code(float score, int64_t token, uint32_t* codes, uint32_t* histogram) {
+  const uint32_t code = score_code(__float_as_uint(score));
+  codes[token] = code;
+  atomicAdd(&histogram[code >> kFirstShift], 1u);
 }
 
 template <int kThreads>
-__device__ void bring_scores(const float* scores, const Team& team, uint32_t* keys, uint32_t* histogram) {
+__device__ void bring_scores(const float* scores, const Team& team, uint32_t* codes, uint32_t* histogram) {
   constexpr int kAhead = 8;  // loads of one thread in flight
   for (int64_t first = threadIdx.x; first < team.tokens; first += kThreads * kAhead) {
     const int left = clamp_to_int(team.tokens - first);
@@ -64,14 +64,14 @@ __device__ void bring_scores(const float* scores, const Team& team, uint32_t* ke
     for (int i = 0; i < kAhead; ++i) loaded[i] = i * kThreads < left ? __ldg(scores + first + i * kThreads) : 0;
     FSDC_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      if (i * kThreads < left) bring_key(loaded[i], first + i * kThreads, keys, histogram);
+      if (i * kThreads < left) bring_code(loaded[i], first + i * kThreads, codes, histogram);
     }
   }
 }
 
 template <class Element, int kThreads>
 __device__ void bring_weight_sums(const AccumulateScoresParams& weights, int64_t batch, int64_t head, const Team& team,
-                                  uint32_t* keys, uint32_t* histogram) {
+                                  uint32_t* codes, uint32_t* histogram) {
   const int64_t end = team.first_token + team.tokens;
   for (int64_t first = team.first_token + threadIdx.x; first < end; first += kThreads * kTokensPerThread) {
     float sums[kTokensPerThread];
@@ -79,30 +79,24 @@ __device__ void bring_weight_sums(const AccumulateScoresParams& weights, int64_t
     FSDC_UNROLL
     for (int i = 0; i < kTokensPerThread; ++i) {
       const int64_t token = first + i * kThreads;
-      if (token < end) bring_key(sums[i], token - team.first_token, keys, histogram);
+      if (token < end) bring_code(sums[i], token - team.first_token, codes, histogram);
     }
   }
 }
 
-// Fills `keys` and `histogram`; the caller's next barrier makes them the block's. `scores` are the row's.
-template <KeySource kSource, int kThreads>
-__device__ void bring_keys(const TruncateParams& params, const float* scores, int64_t batch, int64_t head,
-                           const Team& team, uint32_t* keys, uint32_t* histogram) {
+// Fills `codes` and `histogram`; the caller's next barrier makes them the block's. `scores` are the row's.
+template <CodeSource kSource, int kThreads>
+__device__ void bring_codes(const TruncateParams& params, const float* scores, int64_t batch, int64_t head,
+                            const Team& team, uint32_t* codes, uint32_t* histogram) {
   for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) histogram[bin] = 0;
   __syncthreads();
-  if constexpr (kSource == KeySource::kScoresOnChip) {
-    bring_scores<kThreads>(scores + team.first_token, team, keys, histogram);
+  if constexpr (kSource == CodeSource::kScoresOnChip) {
+    bring_scores<kThreads>(scores + team.first_token, team, codes, histogram);
   } else {
-    switch (params.weights.dtype) {
-      case DType::kFloat32:
-        return bring_weight_sums<float, kThreads>(params.weights, batch, head, team, keys, histogram);
-      case DType::kFloat16:
-        return bring_weight_sums<__half, kThreads>(params.weights, batch, head, team, keys, histogram);
-      case DType::kBFloat16:
-        return bring_weight_sums<__nv_bfloat16, kThreads>(params.weights, batch, head, team, keys, histogram);
-      case DType::kFloat64:
-        return bring_weight_sums<double, kThreads>(params.weights, batch, head, team, keys, histogram);
-    }
+    switch_element(params.weights.dtype, [&](auto element) {
+      using Element = typename decltype(element)::type;
+      bring_weight_sums<Element, kThreads>(params.weights, batch, head, team, codes, histogram);
+    });
   }
 }
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The key of the last token that stays, found digit by digit from histograms.
+// The code of the last token that stays, found digit by digit from histograms.
 //
 // Nothing is sorted and no candidate is buffered: a buffer can overflow and then drops tokens silently.
 #pragma once
 
-#include "truncate_keys.cuh"
+#include "codes.cuh"
 
 namespace fsdc::cuda {
 
-// The key of the last kept token, as far as it had to be found out: the bits from `shift` up. Of the tokens
+// The code of the last kept token, as far as it had to be found out: the bits from `shift` up. Of the tokens
 // with these bits the first `skip` go, because of equal scores the newer stays.
 struct Threshold {
   uint32_t prefix;
@@ -17,8 +17,8 @@ struct Threshold {
 };
 
 // Counts the digits below `prefix` of this block's tokens. `histogram` may hold anything, and be read by nobody.
-template <int kThreads, class Keys>
-__device__ void count_digits(const Keys& keys, const Team& team, uint32_t prefix, int shift, int bits,
+template <int kThreads, class Codes>
+__device__ void count_digits(const Codes& codes, const Team& team, uint32_t prefix, int shift, int bits,
                              uint32_t* histogram) {
   constexpr int kAhead = 8;  // loads of one thread in flight
   for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) histogram[bin] = 0;
@@ -27,7 +27,7 @@ __device__ void count_digits(const Keys& keys, const Team& team, uint32_t prefix
     const int left = clamp_to_int(team.tokens - first);
     uint32_t loaded[kAhead];
     FSDC_UNROLL
-    for (int i = 0; i < kAhead; ++i) loaded[i] = i * kThreads < left ? keys(first + i * kThreads) : 0;
+    for (int i = 0; i < kAhead; ++i) loaded[i] = i * kThreads < left ? codes(first + i * kThreads) : 0;
     FSDC_UNROLL
     for (int i = 0; i < kAhead; ++i) {
       const uint32_t digits = loaded[i] >> shift;
@@ -81,16 +81,16 @@ __device__ Bin find_bin(const uint32_t* totals, uint32_t kept) {
 }
 
 // Among the tokens with the digits found so far, on to the next digit. Counts are integers: no order, so deterministic.
-// 1 <= kept < tokens of the row < 2^32. `histogram` holds the first digits where the keys are on chip.
-template <int kThreads, class Keys>
-__device__ Threshold find_threshold(const Keys& keys, const Team& team, uint32_t kept, uint32_t* histogram) {
+// 1 <= kept < tokens of the row < 2^31. `histogram` holds the first digits where the codes are on chip.
+template <int kThreads, class Codes>
+__device__ Threshold find_threshold(const Codes& codes, const Team& team, uint32_t kept, uint32_t* histogram) {
   FSDC_SHARED(totals, uint32_t[kBins]);
   Threshold threshold{0, 32, 0};
   for (int pass = 0; pass < 3; ++pass) {
     const int bits = pass < 2 ? 11 : 10;
     threshold.shift -= bits;
-    if (pass > 0 || !Keys::kFirstDigitIsCounted) {
-      count_digits<kThreads>(keys, team, threshold.prefix, threshold.shift, bits, histogram);
+    if (pass > 0 || !Codes::kFirstDigitIsCounted) {
+      count_digits<kThreads>(codes, team, threshold.prefix, threshold.shift, bits, histogram);
     }
     const Bin last = find_bin<kThreads>(sum_over_team<kThreads>(team, histogram, totals), kept);
     threshold.prefix = threshold.prefix << bits | last.digit;

@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loops of chunk_attention for x86-64 with AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <type_traits>
+
+#include "kernels/cpu/chunk_attention.h"
+#include "kernels/cpu/loops_includes.h"
+
+FSDC_BEGIN_AVX512
+
+namespace fsdc::cpu::avx512 {
+
+namespace {
+#include "kernels/cpu/vectors_avx512.inc"
+}  // namespace
+#include "kernels/cpu/chunk_attention.inc"
+
+}  // namespace fsdc::cpu::avx512
+
+FSDC_END_TARGET
+#endif

@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loops of decode_attention for x86-64 with AVX-512 (F, BW, DQ, VL).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "kernels/cpu/attention_includes.h"
+
+FSDC_BEGIN_AVX512
+
+namespace fsdc::cpu::avx512 {
+
+// In this order: each needs those before it.
+#include "kernels/cpu/vectors_avx512.inc"
+//
+#include "kernels/cpu/vectors.inc"
+//
+#include "kernels/cpu/decode_attention.inc"
+
+}  // namespace fsdc::cpu::avx512
+
+FSDC_END_TARGET
+#endif

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits that break the code, and the tests that are there to notice: ``tests/mutants/run`` tries each.
+
+An edit replaces ``old``, which stands once in the file, by ``new``; every test named must fail then. A test is one of
+pytest's (``FILE::NAME``) or of Catch2's (``BINARY: CASE``). Whoever mends a bug that no test had seen adds one here.
+"""
+
+from typing import NamedTuple
+
+CPU_ROWS = "fsdc_kernel_tests: rows are copied whole and to their place"
+CPU_SKIPPED = "fsdc_kernel_tests: the last entry is the sum of the skipped tokens"
+GPU_ROWS = "fsdc_simt_plain: truncate: rows lie where the strides say"
+GPU_ALIGNMENT = "fsdc_simt_address: truncate: strides and alignment"
+GPU_SCORES = "fsdc_simt_plain: accumulate_scores: without query weights and carry, without queries, with other strides"
+GPU_SIZES = "fsdc_simt_plain: accumulate_scores: sizes and types"
+EVICTION = "tests/python/test_eviction.py::"
+STATE = "tests/python/test_layer_state.py::"
+MODES = "tests/python/test_modes.py::"
+PADDED = MODES + "test_a_padded_row_is_its_solo_run[True-18]"
+
+
+class Edit(NamedTuple):
+    breaks: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def binaries(self) -> set[str]:
+        """Test programs to compile."""
+        return {test.split(": ")[0] for test in self.tests if not test.startswith("tests/")}
+
+
+EDITS = [
+    # ---- CPU kernels -------------------------------------------------------------------------------------------------
+    Edit(
+        "the kept tokens are not passed over again for the next 256 columns of the skipped sum",
+        "kernels/cpu/sum_skipped.inc",
+        "begin += kSumColumns, kept = kept_indices",
+        "begin += kSumColumns",
+        (CPU_SKIPPED,),
+    ),
+    Edit(
+        "the skipped sum takes the heads of a row for neighbours",
+        "kernels/cpu/sum_skipped.inc",
+        "h * rows.head_stride",
+        "h * params.tokens * rows.token_stride",
+        (CPU_SKIPPED,),
+    ),
+    Edit(
+        "the gather takes the heads of a row for neighbours",
+        "kernels/cpu/truncate.cpp",
+        "row % params.heads * tokens.head_stride",
+        "row % params.heads * params.tokens * tokens.token_stride",
+        (CPU_ROWS,),
+    ),
+    Edit(
+        "the gather takes batch rows for neighbours",
+        "kernels/cpu/truncate.cpp",
+        "row / params.heads * tokens.batch_stride",
+        "row / params.heads * params.heads * tokens.head_stride",
+        (CPU_ROWS,),
+    ),
+    Edit(
+        "the selection takes the scores of batch rows for neighbours",
+        "kernels/cpu/truncate.cpp",
+        "row / params.heads * params.score_batch_stride",
+        "row / params.heads * params.heads * params.score_head_stride",
+        (CPU_ROWS,),
+    ),
+    Edit(
+        "the selection takes the scores of heads for neighbours",
+        "kernels/cpu/truncate.cpp",
+        "row % params.heads * params.score_head_stride",
+        "row % params.heads * params.tokens",
+        (CPU_ROWS,),
+    ),
+    # ---- CUDA kernels, on the host -----------------------------------------------------------------------------------
+    Edit(
+        "the batch stride of keys and values is not used",
+        "kernels/cuda/truncate/gather.cuh",
+        "batch * rows.batch_stride + head * rows.head_stride",
+        "row * rows.head_stride",
+        (GPU_ROWS,),
+    ),
+    Edit(
+        "the selection takes the scores of batch rows for neighbours",
+        "kernels/cuda/truncate/truncate.cuh",
+        "batch * params.score_batch_stride",
+        "batch * params.heads * params.score_head_stride",
+        (GPU_ROWS,),
+    ),
+    Edit(
+        "the selection takes the scores of heads for neighbours",
+        "kernels/cuda/truncate/truncate.cuh",
+        "head * params.score_head_stride",
+        "head * params.tokens",
+        (GPU_ROWS,),
+    ),
+    Edit(
+        "batch rows that are not aligned are read in wide accesses",
+        "kernels/cuda/truncate/truncate.cuh",
+        "rows.batch_stride | rows.head_stride",
+        "rows.head_stride",
+        (GPU_ALIGNMENT,),
+    ),
+    Edit(
+        "heads that are not aligned are read in wide accesses",
+        "kernels/cuda/truncate/truncate.cuh",
+        "rows.head_stride | rows.token_stride",
+        "rows.token_stride",
+        (GPU_ALIGNMENT,),
+    ),
+    Edit(
+        "an output that is not aligned is written in wide accesses",
+        "kernels/cuda/truncate/truncate.cuh",
+        "reinterpret_cast<uintptr_t>(rows.source) | reinterpret_cast<uintptr_t>(rows.out)",
+        "reinterpret_cast<uintptr_t>(rows.source)",
+        (GPU_ALIGNMENT,),
+    ),
+    Edit(
+        "scores are taken for contiguous",
+        "kernels/cuda/accumulate_scores.cuh",
+        "(first + i * kThreads) * params.score_token_stride",
+        "(first + i * kThreads)",
+        (GPU_SCORES,),
+    ),
+    Edit(
+        "the scores of batch rows are taken for neighbours",
+        "kernels/cuda/accumulate_scores.cuh",
+        "batch * params.score_batch_stride + head * params.score_head_stride",
+        "row * params.score_head_stride",
+        (GPU_SCORES,),
+    ),
+    Edit(
+        "the scores of heads are taken for neighbours",
+        "kernels/cuda/accumulate_scores.cuh",
+        "head * params.score_head_stride",
+        "head * params.tokens * params.score_token_stride",
+        (GPU_SCORES,),
+    ),
+    Edit(
+        "the carries of batch rows are taken for neighbours",
+        "kernels/cuda/accumulate_scores.cuh",
+        "batch * params.carry_stride",
+        "batch",
+        (GPU_SCORES,),
+    ),
+    Edit(
+        "the query weights of batch rows are taken for neighbours",
+        "kernels/cuda/weight_sums.cuh",
+        "batch * params.query_weight_batch_stride",
+        "batch * params.queries",
+        (GPU_SCORES,),
+    ),
+    Edit(
+        "the weights of queries are taken for neighbours",
+        "kernels/cuda/weight_sums.cuh",
+        "query * params.query_weight_query_stride",
+        "query",
+        (GPU_SCORES,),
+    ),
+    Edit(
+        "a query of weight zero is added, NaN and all",
+        "kernels/cuda/weight_sums.cuh",
+        "    if (query_weight == 0) continue;\n",
+        "",
+        (GPU_SIZES,),
+    ),
+    # ---- scores and eviction -----------------------------------------------------------------------------------------
+    Edit(
+        "old scores decay once in every block of queries of a chunk",
+        "python/fixed_size_kv_cache/layer/chunk.py",
+        "carry if start == 0 else None",
+        "carry",
+        (EVICTION + "test_a_chunk_of_several_blocks_decays_old_scores_once",),
+    ),
+    Edit(
+        "NaN goes after the protected tokens",
+        "python/fixed_size_kv_cache/layer/score_rule.py",
+        "nan=1e300",
+        'nan=float("inf")',
+        (EVICTION + "test_the_victim_is_the_least_by_the_order_of_the_operators",),
+    ),
+    Edit(
+        "NaN goes first",
+        "python/fixed_size_kv_cache/layer/score_rule.py",
+        "nan=1e300",
+        'nan=-float("inf")',
+        (EVICTION + "test_the_victim_is_the_least_by_the_order_of_the_operators",),
+    ),
+    Edit(
+        "-0 goes before +0",
+        "python/fixed_size_kv_cache/layer/score_rule.py",
+        "others = order != order.amin(-1, keepdim=True)",
+        "order = torch.where(order.signbit() & (order == 0), -1e-300, order)\n"
+        "    others = order != order.amin(-1, keepdim=True)",
+        (EVICTION + "test_the_victim_is_the_least_by_the_order_of_the_operators",),
+    ),
+    Edit(
+        "of equal scores the newer goes",
+        "python/fixed_size_kv_cache/layer/score_rule.py",
+        "positions.masked_fill(others, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)",
+        "positions.masked_fill(others, -2).argmax(-1, keepdim=True)",
+        (EVICTION + "test_the_victim_is_the_least_by_the_order_of_the_operators",),
+    ),
+    Edit(
+        "a token that takes an empty slot adds it to the skipped entry",
+        "python/fixed_size_kv_cache/layer/decode.py",
+        "evicted.positions >= 0",
+        "evicted.positions >= -1",
+        (PADDED,),
+    ),
+    Edit(
+        "empty slots that a chunk drops are added to the skipped entry",
+        "python/fixed_size_kv_cache/layer/chunk.py",
+        "(every.positions >= 0).scatter",
+        "(every.positions >= -1).scatter",
+        (PADDED,),
+    ),
+    # ---- tokens taken back, assistants -------------------------------------------------------------------------------
+    Edit(
+        "recorded tokens stay where their rows were",
+        "python/fixed_size_kv_cache/layer/layer.py",
+        "self.recorded = self.recorded.select_rows(rows)",
+        "pass",
+        (STATE + "test_what_was_recorded_moves_with_its_row",),
+    ),
+    Edit(
+        "the end of recording evicts nothing",
+        "python/fixed_size_kv_cache/layer/layer.py",
+        "        self.record_past = False\n        if self.staged is None:\n            self.crop(0)\n",
+        "        self.record_past = False\n",
+        (STATE + "test_the_end_of_recording_evicts_at_once",),
+    ),
+    Edit(
+        "prompts come in chunks beside an assistant",
+        "python/fixed_size_kv_cache/huggingface/generate_hook.py",
+        "if forgets or assisted or not",
+        "if forgets or not",
+        (MODES + "test_while_an_assistant_is_active_prompts_are_read_in_one_piece",),
+    ),
+    # ---- attention ---------------------------------------------------------------------------------------------------
+    Edit(
+        "a second attention to the keys of an update passes for one without a cache",
+        "python/fixed_size_kv_cache/layer/handoff.py",
+        "if self.taken is not None and self.taken() is keys",
+        "if False",
+        ("tests/python/test_enable.py::test_a_second_attention_to_the_same_keys_is_refused",),
+    ),
+    Edit(
+        "what a mask says of older tokens hides new ones",
+        "python/fixed_size_kv_cache/layer/new_tokens.py",
+        "new = mask[..., first : first + Q]",
+        "new = mask[..., first : first + Q] * mask[..., :1]",
+        ("tests/python/test_masks.py::test_two_dimensions",),
+    ),
+    Edit(
+        "a new token that sees older ones counts as real",
+        "python/fixed_size_kv_cache/layer/new_tokens.py",
+        "sees = new[:, 0, -Q:].expand(B, Q, Q)",
+        "sees = mask[:, 0, -Q:, -Q:].expand(B, Q, Q)",
+        ("tests/python/test_masks.py::test_full_width_and_one_column_too_many",),
+    ),
+    Edit(
+        "all but float64 takes its softmax in bfloat16",
+        "python/fixed_size_kv_cache/layer/attention.py",
+        "wide = torch.float64 if query.dtype == torch.float64 else torch.float32",
+        "wide = torch.float64 if query.dtype == torch.float64 else torch.bfloat16",
+        (MODES + "test_in_narrower_types_it_errs_no_more_than_stock_attention",),
+    ),
+]
