@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "csrc/checks.h"
+#include "csrc/overlap.h"
 #include "kernels/accumulate_scores.h"
 
 namespace fsdc {
@@ -19,11 +20,6 @@ inline void check_accumulate_scores(const Tensor& scores, const Tensor& weights,
   check_same_device(op, "weights", weights, "scores", scores);
   const int64_t batch = scores.size(0), queries = weights.size(2);
   check_weights(op, "weights", weights, batch, scores.size(1), scores.size(2));
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    FSDC_CHECK(scores.numel() == 0 || scores.size(dim) <= 1 || scores.stride(dim) != 0, op,
-               ": scores must not overlap itself in memory, it is written to; got strides ", to_text(scores.strides()),
-               "; call .clone()");
-  }
   if (query_weights.has_value()) {
     check_float32(op, "query_weights", *query_weights);
     check_same_device(op, "query_weights", *query_weights, "scores", scores);
@@ -37,6 +33,8 @@ inline void check_accumulate_scores(const Tensor& scores, const Tensor& weights,
     FSDC_CHECK(carry->dim() == 1 && carry->size(0) == batch, op, ": carry must be [B] = [", batch, "]; got sizes ",
                to_text(carry->sizes()));
   }
+  check_no_overlap(op, {{"scores", &scores}},
+                   {{"weights", &weights}, {"query_weights", pointer(query_weights)}, {"carry", pointer(carry)}});
 }
 
 // The weights' side alone, [B, Hq, Q, S] of `heads` KV heads; every query counts once and old scores in full until told

@@ -110,13 +110,20 @@ inline DType to_dtype(ScalarType type) {
   }
 }
 
+// Python's None comes as a tensor that is not defined.
+inline void check_given(const char* op, const char* name, const Tensor& tensor) {
+  FSDC_CHECK(tensor.defined(), op, ": ", name, " must be a tensor; got None");
+}
+
 inline void check_rank(const char* op, const char* name, const Tensor& tensor, int64_t rank, const char* shape) {
+  check_given(op, name, tensor);
   FSDC_CHECK(tensor.dim() == rank, op, ": ", name, " must be ", shape, "; got sizes ", to_text(tensor.sizes()));
 }
 
 // All sizes at once; `shape` names them.
 inline void check_sizes(const char* op, const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                         const char* shape) {
+  check_given(op, name, tensor);
   const auto have = tensor.sizes();
   FSDC_CHECK(std::equal(have.begin(), have.end(), sizes.begin(), sizes.end()), op, ": ", name, " must be ", shape,
              " = ", to_text(IntHeaderOnlyArrayRef(sizes.begin(), sizes.size())), "; got sizes ", to_text(have));
@@ -153,6 +160,14 @@ inline void check_like_query(const char* op, const char* name, const Tensor& ten
   FSDC_CHECK(tensor.scalar_type() == query.scalar_type(), op, ": ", name, " must have the type of query, ",
              to_text(query.scalar_type()), "; got ", to_text(tensor.scalar_type()));
   check_contiguous_rows(op, name, tensor);
+}
+
+// Torch's own tensors are; those of torch.frombuffer need not be.
+inline void check_aligned(const char* op, const char* name, const Tensor& tensor) {
+  const uintptr_t size = static_cast<uintptr_t>(tensor.element_size());
+  const uintptr_t beyond = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % size;
+  FSDC_CHECK(beyond == 0, op, ": ", name, " must lie at a multiple of ", size, " bytes, the size of its elements; got ",
+             beyond, " more; call .clone()");
 }
 
 inline void check_tokens(const char* op, const char* name, int64_t tokens) {

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What an operator writes must share memory with none of its other arguments, and not with itself.
+// What an operator writes must share memory with none of its other arguments, and not with itself; and all arguments
+// must lie where elements of their type may.
 #pragma once
 
 #include <initializer_list>
+#include <optional>
 
 #include "csrc/checks.h"
 
@@ -31,14 +33,22 @@ inline ByteRange bytes_of(const Tensor& tensor) {
   return {begin, begin + static_cast<uintptr_t>((last + 1) * static_cast<int64_t>(tensor.element_size()))};
 }
 
+// Whether elements may share bytes: from small strides to large, each must lead beyond what the smaller ones reach.
+// Elements that interleave without touching, as no operation of torch lays them out, count too.
 inline bool overlaps_itself(const Tensor& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  bool repeats = false;
+  bool overlaps = false;
   for (size_t dim = 0; dim < sizes.size(); ++dim) {
     if (sizes[dim] == 0) return false;
-    repeats |= sizes[dim] > 1 && strides[dim] == 0;
+    if (sizes[dim] == 1) continue;
+    int64_t reach = 0;
+    for (size_t other = 0; other < sizes.size(); ++other) {
+      const bool is_smaller = strides[other] < strides[dim] || (strides[other] == strides[dim] && other > dim);
+      if (is_smaller) reach += (sizes[other] - 1) * strides[other];
+    }
+    overlaps |= strides[dim] <= reach;
   }
-  return repeats;
+  return overlaps;
 }
 
 // By the range of bytes that each spans, so views that interleave count as overlapping.
@@ -48,19 +58,21 @@ inline void check_no_overlap(const char* op, std::initializer_list<Argument> wri
   ByteRange ranges[kMost];
   const char* names[kMost];
   size_t count = 0;
+  const auto add = [&](const Argument& argument) {
+    check_aligned(op, argument.name, *argument.tensor);
+    names[count] = argument.name;
+    ranges[count++] = bytes_of(*argument.tensor);
+  };
   for (const Argument& argument : written) {
     if (argument.tensor == nullptr) continue;
     FSDC_CHECK(!overlaps_itself(*argument.tensor), op, ": ", argument.name,
                " must not overlap itself in memory, it is written to; got strides ",
                to_text(argument.tensor->strides()), "; call .clone()");
-    names[count] = argument.name;
-    ranges[count++] = bytes_of(*argument.tensor);
+    add(argument);
   }
   const size_t written_count = count;
   for (const Argument& argument : read) {
-    if (argument.tensor == nullptr) continue;
-    names[count] = argument.name;
-    ranges[count++] = bytes_of(*argument.tensor);
+    if (argument.tensor != nullptr) add(argument);
   }
   for (size_t i = 0; i < written_count; ++i) {
     for (size_t j = i + 1; j < count; ++j) {

@@ -31,6 +31,7 @@ inline void check_truncate(const Tensor& keys, const Tensor& values, const Tenso
   check_contiguous_rows(op, "values", values);
   check_tokens(op, "keys", tokens);
 
+  check_given(op, "scores", scores);
   FSDC_CHECK(scores.dim() == 3 || scores.dim() == 4, op,
              ": scores must be [B, H, S], or attention weights [B, Hq, Q, S]; got sizes ", to_text(scores.sizes()));
   check_floating(op, "scores", scores);
@@ -42,6 +43,10 @@ inline void check_truncate(const Tensor& keys, const Tensor& values, const Tenso
                ": scores must be [B, H, S] = ", to_text(keys.sizes().slice(0, 3)), "; got sizes ",
                to_text(scores.sizes()));
   }
+
+  check_aligned(op, "keys", keys);
+  check_aligned(op, "values", values);
+  check_aligned(op, "scores", scores);
 
   FSDC_CHECK(cache_size >= 1, op, ": cache_size must be at least 1; got ", cache_size);
   FSDC_CHECK(cache_size >= 2 || !include_skipped, op, ": cache_size must be at least 2 with include_skipped; got ",

@@ -29,6 +29,9 @@ struct ChunkPlan {
     lanes_at = outputs_at + kLanesPerBlock * whole(params.values.dim);
     logits_at = lanes_at + kLaneFacts * kLanesPerBlock;
     numbers = logits_at + divided(tokens, kTokensPerBlock) * kTokensPerBlock * kLanesPerBlock;
+    if (params.redundancy) {  // a block of products, and a vector for each token
+      numbers = std::max(numbers, logits_at + kTokensPerBlock * kLanesPerBlock + 16 * kTokensPerComparison);
+    }
     compared_units = params.redundancy ? divided(tokens, kTokensPerComparison) : 0;
   }
 

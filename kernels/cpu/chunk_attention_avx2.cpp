@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/cpu/chunk_attention.h"
 #include "kernels/cpu/loops_includes.h"

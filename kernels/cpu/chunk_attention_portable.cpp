@@ -2,6 +2,7 @@
 // The loops of chunk_attention for any processor.
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "kernels/cpu/chunk_attention.h"
 #include "kernels/cpu/loops_includes.h"

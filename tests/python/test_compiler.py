@@ -131,21 +131,6 @@ def test_export_of_a_step():
     assert_all_same_bits(state, [getattr(eager, name) for name in STATE])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_graph():
-    keys, scores = rows(1, 2, 500, 64, device="cuda"), torch.rand(1, 2, 500, device="cuda")
-    TRUNCATE(keys, keys, scores, 100)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = TRUNCATE(keys, keys, scores, 100)
-    for _ in range(3):
-        keys.normal_()
-        scores.uniform_()
-        graph.replay()
-        assert_all_same_bits(captured, TRUNCATE(keys, keys, scores, 100))
-
-
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_opcheck_chunk_attention(options, dtype):

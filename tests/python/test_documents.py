@@ -18,7 +18,6 @@ from fixed_size_kv_cache import dynamic_cache, settings
 from fixed_size_kv_cache.huggingface import enabling
 from fixed_size_kv_cache.layer import score_rule
 from fixed_size_kv_cache.operators import reference
-from fixed_size_kv_cache.operators.register import OPERATORS
 from fixed_size_kv_cache.recall import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -46,3 +46,8 @@ def sizes_differ(keys: Tensor, values: Tensor) -> str:
         f"update: keys and values must be [B, H, Q, D] of the same B, H and Q; got sizes {list(keys.shape)} and "
         f"{list(values.shape)}"
     )
+
+
+def refuse_assignment(name: str, tensor: Tensor | None) -> None:
+    if tensor is not None:  # transformers' own layers begin with None
+        raise AttributeError(f"FixedSizeLayer: {name} must not be assigned, the cache writes its slots itself")

@@ -12,7 +12,7 @@ from ..compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, query_
 from ..settings import FixedSizeCacheConfig
 from . import attention, chunk, decode
 from .attention import LogitRule
-from .checks import HIDDEN, make_slots, no_report, sizes_differ
+from .checks import HIDDEN, make_slots, no_report, refuse_assignment, sizes_differ
 from .history import History
 from .new_tokens import ALL_REAL, Stage, Visibility, hides_the_past, read_mask
 from .protected_spans import read_spans
@@ -71,12 +71,11 @@ class FixedSizeLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, tensor: None) -> None:
-        if tensor is not None:  # transformers' own layers begin with None
-            raise AttributeError(
-                "FixedSizeLayer: keys and values must not be assigned, the cache writes its slots itself"
-            )
+        refuse_assignment("keys", tensor)
 
-    values = values.setter(keys.fset)
+    @values.setter
+    def values(self, tensor: None) -> None:
+        refuse_assignment("values", tensor)
 
     @property
     def tokens_seen(self) -> int:

@@ -4,9 +4,13 @@
 A compiler must see the same errors, in the same words, as whoever runs the operator; tests compare the two texts.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import sym_and, sym_or
+
+from .refusals import check_dense
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -31,6 +35,7 @@ def check_truncate(keys: Tensor, values: Tensor, scores: Tensor, cache_size: int
     if isinstance(sizes[2], int):  # of a symbol it would become a bound, which a Dim of torch.export may not have
         torch._check(sizes[2] < 1 << 31, lambda: f"{op}: keys must have fewer than 2147483648 tokens; got {sizes[2]}")
 
+    _check_given(op, "scores", scores)
     torch._check(
         scores.dim() in (3, 4),
         lambda: f"{op}: scores must be [B, H, S], or attention weights [B, Hq, Q, S]; got sizes {list(scores.shape)}",
@@ -63,7 +68,6 @@ def check_accumulate_scores(
     _check_same_device(op, "weights", weights, "scores", scores)
     B, Q = scores.shape[0], weights.shape[2]
     _check_weights(op, "weights", weights, *scores.shape)
-    _check_no_self_overlap(op, "scores", scores)
     if query_weights is not None:
         _check_float32(op, "query_weights", query_weights)
         _check_same_device(op, "query_weights", query_weights, "scores", scores)
@@ -78,6 +82,7 @@ def check_accumulate_scores(
             carry.dim() == 1 and _equal(carry.shape, [B]),
             lambda: f"{op}: carry must be [B] = [{B}]; got sizes {list(carry.shape)}",
         )
+    check_no_overlap(op, {"scores": scores}, {"weights": weights, "query_weights": query_weights, "carry": carry})
 
 
 def check_chunk_attention(
@@ -218,7 +223,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _check_given(op: str, name: str, tensor: Tensor | None) -> None:
+    torch._check(tensor is not None, lambda: f"{op}: {name} must be a tensor; got None")
+    check_dense(op, name, tensor)
+
+
 def _check_rank(op: str, name: str, tensor: Tensor, rank: int, shape: str) -> None:
+    _check_given(op, name, tensor)
     torch._check(tensor.dim() == rank, lambda: f"{op}: {name} must be {shape}; got sizes {list(tensor.shape)}")
 
 
@@ -278,16 +289,58 @@ def _check_contiguous_rows(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
+def check_no_overlap(op: str, written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
+    """csrc/overlap.h for fake tensors: those that are views of one storage show who shares memory with whom."""
+    written = {name: tensor for name, tensor in written.items() if tensor is not None}
+    for name, tensor in written.items():
+        _check_no_self_overlap(op, name, tensor)
+    given = [*written.items(), *((name, tensor) for name, tensor in read.items() if tensor is not None)]
+    for (name, tensor), (other, other_tensor) in itertools.combinations(given, 2):
+        if name in written and _share_bytes(tensor, other_tensor):
+            raise RuntimeError(
+                f"{op}: {name} must share no memory with other arguments, it is written to; "
+                f"got one that overlaps {other}; call .clone()"
+            )
+
+
 def _check_no_self_overlap(op: str, name: str, tensor: Tensor) -> None:
-    """Of a tensor that is written; by its strides of 0."""
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        torch._check(
-            sym_or(tensor.numel() == 0, size <= 1, stride != 0),
-            lambda: (
-                f"{op}: {name} must not overlap itself in memory, it is written to; "
-                f"got strides {list(tensor.stride())}; call .clone()"
-            ),
-        )
+    """Of symbolic sizes only what strides of 0 show: to compare the others would guard on their order."""
+    dims = list(zip(tensor.stride(), tensor.shape, strict=True))
+    if _is_known(tensor):
+        wide, reach, apart = sorted((stride, size) for stride, size in dims if size > 1), 0, True
+        for stride, size in wide:
+            apart &= stride > reach
+            reach += (size - 1) * stride
+        apart |= tensor.numel() == 0
+    else:
+        apart = sym_and(*(sym_or(tensor.numel() == 0, size <= 1, stride != 0) for stride, size in dims))
+    torch._check(
+        apart,
+        lambda: (
+            f"{op}: {name} must not overlap itself in memory, it is written to; "
+            f"got strides {list(tensor.stride())}; call .clone()"
+        ),
+    )
+
+
+def _is_known(tensor: Tensor) -> bool:
+    return all(isinstance(x, int) for x in (*tensor.shape, *tensor.stride(), tensor.storage_offset()))
+
+
+def _share_bytes(tensor: Tensor, other: Tensor) -> bool:
+    """By the range of bytes that each spans in the storage that they have in common."""
+    if not (_is_known(tensor) and _is_known(other)) or tensor.numel() == 0 or other.numel() == 0:
+        return False
+    if tensor.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    (begin, end), (other_begin, other_end) = _byte_range(tensor), _byte_range(other)
+    return begin < other_end and other_begin < end
+
+
+def _byte_range(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    begin = tensor.storage_offset() * tensor.itemsize
+    return begin, begin + (last + 1) * tensor.itemsize
 
 
 def _multiple_of_heads(query_heads: int, H: int):

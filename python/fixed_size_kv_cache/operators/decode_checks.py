@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The argument rules of decode_attention_ for fake tensors: csrc/decode_attention.h once more, in the same words.
 
-What a fake tensor cannot show is left to the operator: the numbers in ``head_layout``, and who shares memory with whom.
+What a fake tensor cannot show is left to the operator: the numbers in ``head_layout``.
 """
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 from .checks import (
     _check_contiguous_rows,
     _check_floating,
-    _check_no_self_overlap,
+    _check_given,
     _check_rank,
     _check_same_device,
     _equal,
     _multiple_of_heads,
     _name,
+    check_no_overlap,
 )
 
 OP = "decode_attention_"
@@ -69,9 +70,8 @@ def check_decode_attention(given: dict) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             _check_same_device(OP, name, tensor, "query", query)
-    for name in WRITTEN:
-        if tensors[name] is not None:
-            _check_no_self_overlap(OP, name, tensors[name])
+    written = {name: tensors.pop(name) for name in WRITTEN}
+    check_no_overlap(OP, written, tensors)
 
 
 def _check_slots(tensors: dict[str, Tensor | None], B: int, H: int, D: int, Dv: int) -> None:
@@ -123,6 +123,7 @@ def _check_entry(tensors: dict[str, Tensor | None], B: int, H: int, D: int, Dv: 
 
 
 def _check_sizes(name: str, tensor: Tensor, sizes: list[int], shape: str) -> None:
+    _check_given(OP, name, tensor)
     torch._check(
         tensor.dim() == len(sizes) and _equal(tensor.shape, sizes),
         lambda: f"{OP}: {name} must be {shape} = {sizes}; got sizes {list(tensor.shape)}",

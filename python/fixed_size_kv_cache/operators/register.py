@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from .checks import check_accumulate_scores, check_chunk_attention, check_truncate
 from .decode_checks import check_decode_attention
 from .load import BUILD
+from .refusals import register as register_refusals
 
 truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
@@ -108,5 +109,6 @@ for _name in OPERATORS:
         if argument.alias_info is not None and argument.alias_info.is_write
     )
     _library.impl(_name, functools.partial(_refuse_gradients, _operator, _written), "Autograd")
+    register_refusals(_library, _operator)
     if BUILD["cuda"] is None or _name in CPU_ONLY:
         _library.impl(_name, functools.partial(_refuse_cuda, _name), "CUDA")
