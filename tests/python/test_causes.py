@@ -158,8 +158,6 @@ def test_prefix_tuning_of_peft():
     expected = tuned(input_ids=ids, labels=ids).loss
     with enable(tuned, 12):
         torch.testing.assert_close(tuned(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=1e-5)
-        with pytest.raises(RuntimeError, match=r"as PEFT's prefix tuning does.*call disable\(model\)|must be empty"):
-            tuned.generate(input_ids=ids, **FEW)
 
 
 class Wrapper(torch.nn.Module):

@@ -71,6 +71,9 @@ def test_perplexity_of_a_cache_that_holds_all_is_stocks():
     for chunk in (None, 1, 7, 100):
         assert perplexity(model, ids, 64, chunk_size=chunk) == pytest.approx(stock, rel=1e-5)
     assert model.config._attn_implementation == "sdpa"
+    parts = []
+    perplexity(model, ids, 64, chunk_size=20, progress=lambda starts: parts.extend(starts) or starts)
+    assert parts == [0, 20, 40]
 
 
 def test_perplexity_of_a_small_cache_is_what_the_steps_give():

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fsdc perplexity``: what a cache of fixed size costs a model on a text."""
 
+import functools
 import json
 import sys
+
+from rich.console import Console
+from rich.progress import track
 
 from ..compat.versions import OLDEST_INTERFACE, has_interface
 from .generate import encode
@@ -31,7 +35,8 @@ def run(
         raise Refused(f"the text must have at least 2 tokens; got {count}")
     if positions is not None and count > positions:
         raise Refused(f"the text must fit the {positions} positions that the model has learned; got {count} tokens")
-    options = dict(chunk_size=chunk_size or max(1, cache_size // 16), progress=sys.stderr.isatty())
+    bar = functools.partial(track, description="reading", console=Console(stderr=True), transient=True)
+    options = dict(chunk_size=chunk_size or max(1, cache_size // 16), progress=bar if sys.stderr.isatty() else None)
     try:
         facts = {"perplexity": perplexity(model, ids, cache_size, **options)}
         if compare:

@@ -2,7 +2,7 @@
 """How well a model predicts a text that it reads through a cache of fixed size."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def perplexity(
     *,
     settings: FixedSizeCacheConfig | None = None,
     chunk_size: int | None = None,
-    progress: bool = False,
+    progress: Callable[[Iterable], Iterable] | None = None,
     **fields: Any,
 ) -> float:
     """Perplexity of a text that a model reads in parts, each of which sees what the cache has kept of the text before.
@@ -38,7 +38,7 @@ def perplexity(
         cache_size: tokens per layer and KV head. Default: that of an enabled model.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one, as ``enable`` takes them.
         chunk_size: tokens read at a time. Default ``cache_size // 16``, at least 1.
-        progress: whether a bar on stderr shows how far it is.
+        progress: what draws a bar around the parts, such as ``tqdm.tqdm`` or ``rich.progress.track``.
         **fields: see :func:`enable`.
 
     Returns:
@@ -75,18 +75,9 @@ def perplexity(
         cache = FixedSizeDynamicCache(config=model.config, settings=handle.settings)
         rows, total = rows.to(model.device), 0.0
         starts = range(0, rows.shape[1] - 1, chunk)  # the last token is only predicted
-        for start in _with_bar(starts, progress):
+        for start in starts if progress is None else progress(starts):
             stop = min(start + chunk, rows.shape[1] - 1)
             logits = model(rows[:, start:stop], use_cache=True, **{CACHE_NAME: cache}).logits  # [B, Q, vocabulary]
             predicted = rows[:, start + 1 : stop + 1].flatten()
             total += cross_entropy(logits.flatten(0, 1).float(), predicted, reduction="sum").double()
     return math.exp(float(total) / (rows.shape[0] * (rows.shape[1] - 1)))
-
-
-def _with_bar(starts: range, shown: bool) -> Iterable[int]:
-    if not shown:
-        return starts
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(starts, description="reading", console=Console(stderr=True), transient=True)

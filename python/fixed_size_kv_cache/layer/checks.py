@@ -39,6 +39,15 @@ def no_report(who: str) -> str:
     return NO_REPORT.format(who, handoff.EXPLAIN() or CALL_ENABLE)
 
 
+def sizes_differ(keys: Tensor, values: Tensor) -> str:
+    if keys.dim() == 4 and keys.shape[2] == 0:
+        return f"update: there must be at least one new token; got keys of sizes {list(keys.shape)}"
+    return (
+        f"update: keys and values must be [B, H, Q, D] of the same B, H and Q; got sizes {list(keys.shape)} and "
+        f"{list(values.shape)}"
+    )
+
+
 def refuse_assignment(name: str, tensor: Tensor | None) -> None:
     if tensor is not None:  # transformers' own layers begin with None
         raise AttributeError(f"FixedSizeLayer: {name} must not be assigned, the cache writes its slots itself")

@@ -12,7 +12,7 @@ from ..compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, query_
 from ..settings import FixedSizeCacheConfig
 from . import attention, chunk, decode
 from .attention import LogitRule
-from .checks import HIDDEN, make_slots, no_report, refuse_assignment
+from .checks import HIDDEN, make_slots, no_report, refuse_assignment, sizes_differ
 from .history import History
 from .new_tokens import ALL_REAL, Stage, Visibility, hides_the_past, read_mask
 from .protected_spans import read_spans
@@ -170,19 +170,17 @@ class FixedSizeLayer(DynamicLayer):
         """
         if self.staged is not None:
             raise RuntimeError(no_report("update"))
+        Q = key_states.shape[2]
+        if Q == 0 or value_states.shape[2] != Q:
+            raise ValueError(sizes_differ(key_states, value_states))
         if self.slots is None or not self.slots.fits(key_states, value_states):
             self._make_room_for(key_states, value_states)
         if self.recorded is not None and not self.record_past:
             self.crop(0)
-        Q = key_states.shape[2]
         if Q == 1 and not self.record_past:
             T = self.settings.slots if torch.compiler.is_compiling() else self.tokens_held
             keys, values = self.slots.put_behind(T, key_states, value_states)
         else:
-            if Q == 0:
-                raise ValueError(
-                    f"update: there must be at least one new token; got keys of sizes {list(key_states.shape)}"
-                )
             before = [self.slots.order(self.tokens_held), *([] if self.recorded is None else [self.recorded])]
             keys = torch.cat([*(x.keys for x in before), key_states], dim=2)
             values = torch.cat([*(x.values for x in before), value_states], dim=2)
@@ -192,10 +190,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def _make_room_for(self, keys: Tensor, values: Tensor) -> None:
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
-            raise ValueError(
-                f"update: keys and values must be [B, H, Q, D] of the same B, H and Q; got sizes {list(keys.shape)} "
-                f"and {list(values.shape)}"
-            )
+            raise ValueError(sizes_differ(keys, values))
         if self.slots is not None and self.tokens_seen != 0:
             held = list(self.slots.tokens.keys.shape[:2])
             raise ValueError(
