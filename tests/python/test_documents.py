@@ -117,12 +117,8 @@ def test_the_operators_page_is_that_of_the_docstrings(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     import write_operators
 
-    assert list(write_operators.schemas()) == [
-        "truncate",
-        "accumulate_scores_",
-        "decode_attention_",
-        "chunk_attention_",
-    ]
+    names = ["truncate", "accumulate_scores_", "decode_attention_", "chunk_attention_"]
+    assert list(write_operators.schemas()) == names
     assert write_operators.PAGE.read_text() == write_operators.page()
 
 

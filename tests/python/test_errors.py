@@ -236,7 +236,10 @@ def on(device, arguments):
 @pytest.mark.parametrize("op, arguments, text", CASES)
 def test_operator(op, arguments, text, device):
     if op in CPU_ONLY and device != "cpu":
-        text = f"{op}: tensors must be on the CPU, it has no CUDA kernel so far; got tensors on a CUDA device"
+        text = (
+            f"{op}: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device; "
+            "move them with .cpu()"
+        )
     arguments = on(device, arguments)
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel() < 1e6}
     with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
