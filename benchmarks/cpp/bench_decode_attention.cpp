@@ -115,11 +115,11 @@ struct Cache {
   int32_t seen;
 };
 
-void decode_attention(benchmark::State& state, const Shape& shape, DType dtype, const cpu::KernelTable& kernels,
+void decode_attention(benchmark::State& state, const Shape& shape, DType dtype, cpu::Isa isa,
                       const cpu::Parallel& parallel) {
   Cache cache(shape, dtype, state.range(0));
   for (auto _ : state) {
-    cpu::decode_attention(cache.params(), parallel, kernels);
+    cpu::decode_attention(cache.params(), parallel, isa);
     benchmark::ClobberMemory();
   }
   state.SetBytesProcessed(state.iterations() * cache.bytes());
@@ -157,10 +157,9 @@ const bool kRegistered = [] {
           benchmark->Arg(256)->Arg(1024)->Arg(4096)->UseRealTime();
         };
         with_slots(benchmark::RegisterBenchmark(("read/" + what).c_str(), read, shape, dtype, std::cref(*parallel)));
-        for (const cpu::KernelTable* kernels : cpu::available_kernels()) {
-          with_slots(benchmark::RegisterBenchmark(("decode_attention/" + what + "/" + kernels->isa).c_str(),
-                                                  decode_attention, shape, dtype, std::cref(*kernels),
-                                                  std::cref(*parallel)));
+        for (const cpu::Isa isa : cpu::available_isas()) {
+          with_slots(benchmark::RegisterBenchmark(("decode_attention/" + what + "/" + cpu::name_of(isa)).c_str(),
+                                                  decode_attention, shape, dtype, isa, std::cref(*parallel)));
         }
       }
     }

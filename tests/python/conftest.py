@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import sys
+import warnings
+from collections.abc import Callable
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin starve others on a busy machine
 
@@ -8,6 +11,7 @@ import torch
 from hypothesis import settings
 
 import fixed_size_kv_cache  # noqa: F401  (loads the operators)
+from fixed_size_kv_cache.cli import app as cli
 
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
@@ -23,3 +27,20 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fsdc(monkeypatch, capsys) -> Callable[..., str]:
+    """The command line, from its entry point on: what it writes to stdout."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["fsdc", *arguments])
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # it sets another one
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        written = capsys.readouterr()
+        assert end.value.code == 0, written.err
+        return written.out
+
+    return run

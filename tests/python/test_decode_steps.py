@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from decode_case import DEFAULTS, ENTRY, SCORES, Case, assert_same_step, decode_attention_, random_case
-from fixed_size_kv_cache.attention import LogitRule
-from fixed_size_kv_cache.protected_spans import in_spans
 
 from fixed_size_kv_cache import reference
-from fixed_size_kv_cache.layer import FixedSizeLayer
+from fixed_size_kv_cache.layer import decode
+from fixed_size_kv_cache.layer.attention import LogitRule
+from fixed_size_kv_cache.layer.layer import FixedSizeLayer
+from fixed_size_kv_cache.layer.protected_spans import in_spans
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 B, H, G, D, C = 3, 2, 3, 8, 10
@@ -24,21 +25,19 @@ def new_layer(**settings) -> FixedSizeLayer:
 
 def step_of(layer: FixedSizeLayer, query, keys, values, rule: LogitRule, valid) -> Case:
     """The step that comes, on a copy of what the layer holds."""
-    settings = layer.settings
-    spans = None if layer.spans is None else in_spans(layer.spans, layer.seen[:, None])[:, 0]
+    settings, slots = layer.settings, layer.slots
+    protected = None if slots.spans is None else in_spans(slots.spans, slots.seen[:, None])[:, 0]
+    entry = {} if slots.skipped is None else dict(zip(ENTRY, slots.skipped[:4], strict=True))
     case = Case(
         dict(
             query=query,
             new_keys=keys,
             new_values=values,
-            keys=layer.keys,
-            values=layer.values,
-            facts=torch.stack([layer.scores, layer.value_weights, layer.redundancy, layer.key_scales]),
-            positions=layer.positions,
-            seen=layer.seen,
-            length=layer.columns,
+            **slots.tokens._asdict(),
+            seen=slots.seen,
+            length=layer.tokens_seen,
             valid=valid,
-            protected=spans,
+            protected=protected,
             scaling=rule.scaling,
             softcap=rule.softcap,
             sinks=rule.sinks,
@@ -48,7 +47,7 @@ def step_of(layer: FixedSizeLayer, query, keys, values, rule: LogitRule, valid) 
             value_weight=settings.value_weight,
             sink_tokens=settings.sink_tokens,
             recent_tokens=settings.recent_tokens,
-            **({name: getattr(layer, name) for name in ENTRY} if settings.include_skipped else {}),
+            **entry,
             skipped_mean=settings.skipped_mode == "mean",
         )
     )
@@ -78,7 +77,8 @@ LAYERS = {
 @pytest.mark.parametrize("logits", ["plain", "softcap and sinks"])
 @pytest.mark.parametrize("pads", ["no pads", "left pads", "pads between"])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_step_is_the_plain_step(kind, pads, logits, operator, dtype):
+def test_a_step_is_the_plain_step(kind, pads, logits, operator, dtype, monkeypatch):
+    monkeypatch.setattr(decode, "is_fused", lambda settings, device: False)
     layer = new_layer(**LAYERS[kind])
     rule = LogitRule(0.7) if logits == "plain" else LogitRule(0.7, 2.0, torch.randn(H * G))
     layer.lazy_initialization(torch.zeros(B, H, 1, D, dtype=dtype), torch.zeros(B, H, 1, D + 1, dtype=dtype))

@@ -3,10 +3,7 @@
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,18 +39,21 @@ def test_plain_lines_where_there_is_no_terminal():
         assert word in said
 
 
-def test_live_in_a_terminal():
-    command = [sys.executable, "-m", "fixed_size_kv_cache", "demo", *SHORT]
-    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **terminal}).stdout
+def in_a_terminal(monkeypatch, **size: str) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", **size}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_live_in_a_terminal(fsdc, monkeypatch):
+    in_a_terminal(monkeypatch, COLUMNS="120")
+    said = fsdc("demo", *SHORT)
     assert "\x1b[?25l" in said and "\x1b[?25h" in said  # the cursor goes, and comes back
     assert "A small LLaMA reads 160 words" in said and "sliding window" in said
 
 
-def test_plain_lines_in_a_small_terminal():
-    command = [sys.executable, "-m", "fixed_size_kv_cache", "demo", *SHORT]
-    terminal = {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "60", "LINES": "12"}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **terminal}).stdout
+def test_plain_lines_in_a_small_terminal(fsdc, monkeypatch):
+    in_a_terminal(monkeypatch, COLUMNS="60", LINES="12")
+    said = fsdc("demo", *SHORT)
     assert "A small LLaMA reads" not in said and re.search(r"^word \d+: what is", said, re.MULTILINE)
     assert "tokens_held 24, tokens_seen 160, cache_bytes 27624" in said
 

@@ -5,8 +5,6 @@ import doctest
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -40,13 +38,19 @@ def test_readme_python_runs(monkeypatch):
         exec(compile(block, "README.md", "exec"), names)
 
 
-def test_readme_commands_run(tmp_path):
+def test_readme_commands_run(tmp_path, fsdc):
     """As they stand there, but for what a test cannot do."""
+
+    def run(command: str) -> str:
+        name, *arguments = shlex.split(command)
+        assert name == "fsdc"
+        return fsdc(*arguments)
+
     install_and_show, run_tests, generate = blocks_of_readme("bash")
 
     *installs, show = install_and_show.strip().split(" && ")
     assert installs == ["pip install -U pip", "pip install -e ."]  # tests/run has done both, of this very checkout
-    *_, last = fsdc(f"{show} --length 128").splitlines()  # all of it takes a minute
+    *_, last = run(f"{show} --length 128").splitlines()  # all of it takes a minute
     assert last.strip()
 
     assert os.access(ROOT / run_tests.strip(), os.X_OK)  # it runs this test, so this test cannot run it
@@ -54,15 +58,7 @@ def test_readme_commands_run(tmp_path):
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
     LlamaForCausalLM(LlamaConfig(vocab_size=212, **SMALL)).save_pretrained(tmp_path)
     assert "path/or/hub-id" in generate
-    assert fsdc(generate.replace("path/or/hub-id", str(tmp_path)))
-
-
-def fsdc(command: str) -> str:
-    """What a command of ours writes to stdout."""
-    name, *arguments = shlex.split(command)
-    assert name == "fsdc"
-    command = [sys.executable, "-m", "fixed_size_kv_cache", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert run(generate.replace("path/or/hub-id", str(tmp_path)))
 
 
 def test_readme_cpp_is_compiled():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every instruction set that this processor has gives the bits of the specification."""
 
+import itertools
+
 import pytest
 import torch
 from decode_case import check, random_case
@@ -23,17 +25,24 @@ def test_an_unknown_instruction_set_is_refused():
     assert _C.use_cpu_isa("mmx") is False
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("D", [1, 80, 300])
-def test_truncate(isa, dtype, D):
+@pytest.fixture(scope="module", params=itertools.product(FLOATING, [1, 80, 300]), ids=str)
+def truncated(request) -> list[tuple]:
+    """Arguments of truncate and what the specification makes of them, once for all instruction sets."""
+    dtype, D = request.param
+    torch.manual_seed(0)
     cases = list(hostile_scores(5000).values())
     scores = torch.stack(cases)[None]
     keys = rows(1, len(cases), 5000, D, dtype)[:, :, :, : max(1, D - 3)]
-    for cache_size in (2, 700, 4999):
-        for include_skipped in (False, True):
-            got = torch.ops.fsdc.truncate(keys, keys, scores, cache_size, include_skipped=include_skipped)
-            expected = reference.truncate(keys, keys, scores, cache_size, include_skipped=include_skipped)
-            assert_all_same_bits(got, expected)
+    found = []
+    for cache_size, include_skipped in itertools.product((2, 700, 4999), (False, True)):
+        arguments = (keys, keys, scores, cache_size), dict(include_skipped=include_skipped)
+        found.append((*arguments, reference.truncate(*arguments[0], **arguments[1])))
+    return found
+
+
+def test_truncate(isa, truncated):
+    for positional, named, expected in truncated:
+        assert_all_same_bits(torch.ops.fsdc.truncate(*positional, **named), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATING)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The original recipe: the snippet as typed, and that a capped LLaMA is the stock one until something is evicted."""
 
+import json
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
 import torch
 from llamas import GREEDY, assert_held_within, feed, held_positions, new_cache, recipe, tiny_llama, tokens
+from processes import run_program
 from stories import load_model, needs_stories
 from transformers import DynamicCache
 
@@ -44,9 +44,9 @@ MISSING = "import transformers\n"
 
 PROGRAM = """
 import json, sys
+assert not any(name.startswith("fixed_size_kv_cache") for name in sys.modules)
 sys.path.insert(0, {tests!r})
 import torch
-{before}
 {snippet}
 from transformers import LlamaForCausalLM
 ids = torch.randint(2, 100, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -66,15 +66,11 @@ print(json.dumps({{
 
 
 def run_snippet(make_model: str, snippet: str, **environment: str) -> dict:
-    import json
-
     before, after = snippet.split("# ...existing code...")
     text = MISSING + before + make_model + "\ntorch.set_grad_enabled(False)\n" + after
-    program = PROGRAM.format(tests=os.path.dirname(__file__), before="", snippet=text)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FSDC_")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**clean, **environment})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    program = PROGRAM.format(tests=os.path.dirname(__file__), snippet=text)
+    return json.loads(run_program(program, {**clean, **environment}).splitlines()[-1])
 
 
 TINY = "from llamas import tiny_llama; model = tiny_llama()"

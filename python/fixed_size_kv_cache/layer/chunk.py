@@ -4,12 +4,10 @@
 No matrix larger than a block of queries is made.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ..operators.register import accumulate_scores_, truncate
+from ..operators.register import accumulate_scores_, chunk_attention_, truncate
 from ..settings import FixedSizeCacheConfig
 from . import score_rule
 from .attention import QUERY_BLOCK, LogitRule, Skipped, products_of, softmax
@@ -27,26 +25,114 @@ def attend(
     visibility: Visibility,
     skipped: Skipped | None,
 ) -> Tensor:
-    """The whole step, ``[B, Hq, Q, D]``."""
+    """The whole step, ``[B, Hq, Q, Dv]``: on the CPU by ``torch.ops.fsdc.chunk_attention_``, on CUDA in plain torch."""
+    step = attend_fused if query.device.type == "cpu" else attend_plain
+    return step(slots, settings, stage, query, rule, visibility, skipped)
+
+
+def attend_fused(
+    slots: Slots,
+    settings: FixedSizeCacheConfig,
+    stage: Stage,
+    query: Tensor,
+    rule: LogitRule,
+    visibility: Visibility,
+    skipped: Skipped | None,
+) -> Tensor:
+    """:func:`attend` in one pass over the logits."""
+    every, entry = join(slots, stage), {}
+    if skipped is not None:
+        keys, values, count, lost, mode = skipped
+        entry = {
+            "skipped_keys": keys,
+            "skipped_values": values,
+            "skipped_count": count,
+            "lost": lost,
+            "skipped_mean": mode == "mean",
+        }
+    weights, carry = score_rule.query_weights(stage.valid_or_all(), settings.score_decay)
+    output = chunk_attention_(
+        query,
+        every.keys,
+        every.values,
+        scaling=rule.scaling,
+        facts=every.facts,
+        positions=every.positions if visibility.has_pads else None,
+        query_weights=weights,
+        carry=carry,
+        redundancy=settings.redundancy > 0,
+        sees=stage.new.sees,
+        softcap=rule.softcap,
+        sinks=rule.sinks,
+        **entry,
+    )
+    keep(slots, settings, stage, every, query.shape[1])
+    return output
+
+
+def attend_plain(
+    slots: Slots,
+    settings: FixedSizeCacheConfig,
+    stage: Stage,
+    query: Tensor,
+    rule: LogitRule,
+    visibility: Visibility,
+    skipped: Skipped | None,
+) -> Tensor:
+    """:func:`attend` in plain torch, which knows the logits twice: once for the output, once for the votes."""
     output = attend_in_blocks(query, stage.all_keys, stage.all_values, visibility, rule, skipped)
-
-    def add_votes(scores: Tensor, query_weights: Tensor, carry: Tensor) -> None:
-        lost = add_column_sums_(scores, query, stage.all_keys, visibility, rule, skipped, query_weights, carry)
-        if lost is not None:
-            voters = (query_weights > 0).sum(-1).clamp(min=1) * (query.shape[1] // stage.keys.shape[1])
-            skipped.lost.copy_(lost / voters[:, None])
-
-    _fold(slots, settings, stage, query.shape[1], add_votes)
+    every = join(slots, stage)
+    weights, carry = score_rule.query_weights(stage.valid_or_all(), settings.score_decay)
+    lost = add_column_sums_(every.scores, query, stage.all_keys, visibility, rule, skipped, weights, carry)
+    if lost is not None:
+        voters = (weights > 0).sum(-1).clamp(min=1) * (query.shape[1] // stage.keys.shape[1])
+        skipped.lost.copy_(lost / voters[:, None])
+    raise_redundancy(settings, stage, every)
+    keep(slots, settings, stage, every, query.shape[1])
     return output
 
 
 def fold(slots: Slots, settings: FixedSizeCacheConfig, stage: Stage, weights: Tensor) -> None:
     """The step with somebody else's attention weights, ``[B, Hq, Q, T + Q]``."""
+    every = join(slots, stage)
+    accumulate_scores_(every.scores, weights, *score_rule.query_weights(stage.valid_or_all(), settings.score_decay))
+    raise_redundancy(settings, stage, every)
+    keep(slots, settings, stage, every, weights.shape[1])
 
-    def add_votes(scores: Tensor, query_weights: Tensor, carry: Tensor) -> None:
-        accumulate_scores_(scores, weights, query_weights, carry)
 
-    _fold(slots, settings, stage, weights.shape[1], add_votes)
+def join(slots: Slots, stage: Stage) -> Tokens:
+    """What is held and the new tokens, before anybody votes."""
+    new = score_rule.new_tokens(stage.keys, stage.values, stage.valid, slots.seen, slots.spans)
+    held = slots.read(stage.held)
+    return Tokens(
+        stage.all_keys,
+        stage.all_values,
+        torch.cat([held.facts, new.facts], dim=3),
+        torch.cat([held.positions, new.positions], dim=2),
+    )
+
+
+def raise_redundancy(settings: FixedSizeCacheConfig, stage: Stage, every: Tokens) -> None:
+    """Of all tokens, by the new ones."""
+    if settings.redundancy > 0:
+        units = score_rule.unit_keys(stage.keys, every.key_scales[..., stage.held :])
+        score_rule.raise_redundancy(every, units, every.positions[:, 0, stage.held :])
+
+
+def keep(slots: Slots, settings: FixedSizeCacheConfig, stage: Stage, every: Tokens, query_heads: int) -> None:
+    """Puts those that stay into the slots."""
+    N = settings.slots
+    slots.seen += stage.queries if stage.valid is None else stage.valid.sum(-1, dtype=torch.int32)
+    if every.positions.shape[2] > N:
+        eviction = score_rule.eviction_scores(every, slots.seen, settings, query_heads // every.positions.shape[1])
+        keys, values, kept = truncate(every.keys, every.values, eviction, N)
+        if slots.skipped is not None:
+            evicted = (every.positions >= 0).scatter(2, kept, False)
+            slots.skipped.add(every.keys, every.values, evicted)
+        facts = every.facts.gather(3, kept.expand(FACTS, -1, -1, -1))
+        every = Tokens(keys, values, facts, every.positions.gather(2, kept))
+    slots.write(0, every)
+    slots.empty(N)
 
 
 def add_column_sums_(
@@ -83,38 +169,3 @@ def add_column_sums_(
             votes = query_weights[:, None, None, start:stop, None] > 0
             lost = (0.0 if lost is None else lost) + torch.where(votes, to_entry, 0.0).sum((2, 3, 4))
     return lost
-
-
-def _fold(
-    slots: Slots,
-    settings: FixedSizeCacheConfig,
-    stage: Stage,
-    query_heads: int,
-    add_votes: Callable[[Tensor, Tensor, Tensor], None],
-) -> None:
-    """Votes, redundancy, and the tokens that stay into the slots."""
-    (B, H, Q), N, T = stage.keys.shape[:3], settings.slots, stage.held
-    valid = stage.valid
-    new = score_rule.new_tokens(stage.keys, stage.values, valid, slots.seen, slots.spans)
-    held = slots.read(T)
-    every = Tokens(
-        stage.all_keys,
-        stage.all_values,
-        torch.cat([held.facts, new.facts], dim=3),
-        torch.cat([held.positions, new.positions], dim=2),
-    )
-    valid = torch.ones(B, Q, dtype=torch.bool, device=new.positions.device) if valid is None else valid
-    add_votes(every.scores, *score_rule.query_weights(valid, settings.score_decay))
-    if settings.redundancy > 0:
-        score_rule.raise_redundancy(every, score_rule.unit_keys(stage.keys, new.key_scales), new.positions[:, 0])
-    slots.seen += valid.sum(-1, dtype=torch.int32)
-    if T + Q > N:
-        eviction = score_rule.eviction_scores(every, slots.seen, settings, query_heads // H)
-        keys, values, kept = truncate(every.keys, every.values, eviction, N)
-        if slots.skipped is not None:
-            evicted = (every.positions >= 0).scatter(2, kept, False)
-            slots.skipped.add(every.keys, every.values, evicted)
-        facts = every.facts.gather(3, kept.expand(FACTS, -1, -1, -1))
-        every = Tokens(keys, values, facts, every.positions.gather(2, kept))
-    slots.write(0, every)
-    slots.empty(N)

@@ -160,6 +160,12 @@ class Stage:
         """Which new tokens are not padding, ``[B, Q]``; None: all."""
         return None if self.new is None else self.new.valid
 
+    def valid_or_all(self) -> Tensor:
+        """:attr:`valid`, all True where it is None."""
+        if self.valid is not None:
+            return self.valid
+        return torch.ones(self.keys.shape[0], self.queries, dtype=torch.bool, device=self.keys.device)
+
     def check_weights(self, weights: Tensor) -> None:
         """Raises ValueError unless these can be the attention weights ``[B, Hq, Q, T + Q]`` of this step."""
         (B, H), device = self.keys.shape[:2], self.keys.device

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import sym_and, sym_or
 
+from .refusals import check_dense
+
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -93,6 +95,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _check_given(op: str, name: str, tensor: Tensor | None) -> None:
     torch._check(tensor is not None, lambda: f"{op}: {name} must be a tensor; got None")
+    check_dense(op, name, tensor)
 
 
 def _check_rank(op: str, name: str, tensor: Tensor, rank: int, shape: str) -> None:

@@ -99,12 +99,11 @@ def accumulate_scores_(
     in float32, every product and sum rounded.
 
     Args:
-        scores: ``[B, H, S]`` in float32, any strides that do not overlap; of those that do a stride of 0 is an error,
-            others are not looked for. Autograd hears of the write, but not in ``torch.inference_mode()``: there a graph
-            that saved these scores before would go on with the new ones.
+        scores: ``[B, H, S]`` in float32, any strides, but no element in the memory of another or of another argument
+            (told by the range of bytes that a tensor spans). Autograd hears of the write, but not in
+            ``torch.inference_mode()``: there a graph that saved these scores before would go on with the new ones.
         weights: attention weights ``[B, Hq, Q, S]`` in float32, float16, bfloat16 or float64 (rounded to float32 once),
-            any strides, but not in the memory of ``scores``. ``Hq`` is a multiple of ``H``; KV head ``h`` owns query
-            heads ``h * G`` to ``h * G + G - 1``.
+            any strides. ``Hq`` is a multiple of ``H``; KV head ``h`` owns query heads ``h * G`` to ``h * G + G - 1``.
         query_weights: ``[B, Q]`` in float32, what each query counts; all 1 if not given.
         carry: ``[B]`` in float32, what is left of the old scores; all 1 if not given.
 

@@ -18,27 +18,27 @@ def refuse_layouts(operator: torch._ops.OpOverload, *args, **kwargs):
     """The kernel of each of ``DISPATCH_KEYS``."""
     names = (argument.name for argument in operator._schema.arguments)
     for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-        if isinstance(value, Tensor) and (found := _layout(value)):
-            kind, remedy = found
-            raise RuntimeError(f"{_name(operator)}: {name} must be dense; got a {kind} tensor; call {remedy}")
+        if isinstance(value, Tensor):
+            check_dense(_name(operator), name, value)
 
 
-def _layout(tensor: Tensor) -> tuple[str, str] | None:
-    """(what it is, what makes it dense), None if it is."""
+def check_dense(op: str, name: str, tensor: Tensor) -> None:
+    kind, remedy = None, ".to_dense()"
     if tensor.is_nested:
-        return "nested", "torch.nested.to_padded_tensor()"
-    if tensor.is_quantized:
-        return "quantized", ".dequantize()"
-    if tensor.layout != torch.strided:
-        return str(tensor.layout).removeprefix("torch._").removeprefix("torch."), ".to_dense()"
-    return None
+        kind, remedy = "nested", "torch.nested.to_padded_tensor()"
+    elif tensor.is_quantized:
+        kind, remedy = "quantized", ".dequantize()"
+    elif tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.").removeprefix("_")
+    if kind is not None:
+        raise RuntimeError(f"{op}: {name} must be dense; got one that is {kind}; call {remedy}")
 
 
 def refuse_vmap(operator: torch._ops.OpOverload, *args, **kwargs):
     """Of operators that write in place; the others vmap calls once for each element."""
     raise RuntimeError(
         f"{_name(operator)}: tensors must not be batched by torch.vmap, they are written in place; got one that is; "
-        "call it without, B is its batch"
+        "call it on the whole batch"
     )
 
 
