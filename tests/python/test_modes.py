@@ -138,7 +138,7 @@ def test_while_an_assistant_is_active_prompts_are_read_in_one_piece():
         assert read[0] >= 20 and read_by_assistant[0] == 20
         read.clear()
         run(model, ids)
-    assert read[:4] == [5] * 4
+    assert read[:3] == [5] * 3 and max(read) == 5  # before transformers 5 the last token comes alone
 
 
 @pytest.mark.parametrize("full_ids", [True, False])
