@@ -19,7 +19,7 @@ HEAD = """\
 `import fixed_size_kv_cache` loads them as `torch.ops.fsdc`. This page is written by `docs/write_operators.py` from the
 schemas in `csrc/ops.cpp` and the docstrings in
 [reference.py](../python/fixed_size_kv_cache/operators/reference.py), the specification in plain torch. Kernels match it
-bit for bit; those of attention approach it, as each says. In C++ they have the same names, in `csrc/fsdc.h`.
+bit for bit, but for the sums of attention, see there. In C++ they have the same names, in `csrc/fsdc.h`.
 
 `B` batch, `H` KV heads, `G` query heads per KV head, `Hq = H * G`, `Q` new queries, `S` tokens seen, `N` slots of a KV
 head, `D` head dimension, `Dv` that of values.

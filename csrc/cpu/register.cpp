@@ -10,6 +10,6 @@
 STABLE_TORCH_LIBRARY_IMPL(fsdc, CPU, m) {
   m.impl("truncate", TORCH_BOX(&fsdc::truncate<fsdc::CpuBackend>));
   m.impl("accumulate_scores_", TORCH_BOX(&fsdc::accumulate_scores<fsdc::CpuBackend>));
-  m.impl("decode_attention_", TORCH_BOX(&fsdc::decode_attention<fsdc::CpuBackend>));
   m.impl("chunk_attention_", TORCH_BOX(&fsdc::chunk_attention<fsdc::CpuBackend>));
+  m.impl("decode_attention_", TORCH_BOX(&fsdc::decode_attention<fsdc::CpuBackend>));
 }

@@ -4,6 +4,6 @@
 
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
-#include "kernels/cpu/decode_attention.h"
 #include "kernels/cpu/loops_includes.h"

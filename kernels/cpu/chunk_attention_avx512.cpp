@@ -3,12 +3,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include <cmath>
-#include <type_traits>
-#include <utility>
-
+#include "kernels/cpu/attention_includes.h"
 #include "kernels/cpu/chunk_attention.h"
-#include "kernels/cpu/loops_includes.h"
 
 FSDC_BEGIN_AVX512
 

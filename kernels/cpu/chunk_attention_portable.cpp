@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loops of chunk_attention for any processor.
-#include <cmath>
-#include <type_traits>
-#include <utility>
-
+#include "kernels/cpu/attention_includes.h"
 #include "kernels/cpu/chunk_attention.h"
-#include "kernels/cpu/loops_includes.h"
 
 namespace fsdc::cpu::portable {
 

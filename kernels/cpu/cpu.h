@@ -16,8 +16,7 @@ void truncate(const TruncateParams& params, const Parallel& parallel, Isa isa = 
 
 void accumulate_scores(const AccumulateScoresParams& params, const Parallel& parallel, Isa isa = active_isa());
 
-void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
-
 void chunk_attention(const ChunkAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
+void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
 
 }  // namespace fsdc::cpu

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/attention_includes.h"
+#include "kernels/cpu/decode_attention.h"
 
 FSDC_BEGIN_AVX2
 

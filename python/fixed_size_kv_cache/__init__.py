@@ -21,6 +21,7 @@ _HUGGING_FACE = {
     "as_default": "huggingface.enabling",
     "disable": "huggingface.enabling",
     "enable": "huggingface.enabling",
+    "perplexity": "huggingface.measuring",
 }
 
 __all__ = ["__version__", *_HUGGING_FACE]
@@ -30,7 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HUGGING_FACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _versions.require_transformers(name)
-    if _HUGGING_FACE[name] == "huggingface.enabling" and not _versions.has_interface():
+    if _HUGGING_FACE[name].startswith("huggingface.") and not _versions.has_interface():
         raise ImportError(
             f"{name} needs transformers>={_versions.OLDEST_INTERFACE}; got {_versions.transformers_version()}, on "
             "which the recipe for LLaMA works"

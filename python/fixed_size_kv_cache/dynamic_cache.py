@@ -33,8 +33,8 @@ class FixedSizeDynamicCache(BaseCache):
     from the defaults of :class:`FixedSizeCacheConfig`, which documents every one of them.
 
     Args:
-        config: the model's config. Layers with a sliding window keep transformers' own cache, and so do the linear
-            ones of hybrid models.
+        config: the model's config, or the model. Layers with a sliding window keep transformers' own cache, and so do
+            the linear ones of hybrid models.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         **fields: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
             ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
@@ -63,11 +63,17 @@ class FixedSizeDynamicCache(BaseCache):
         protected_spans: Sequence | None = None,
         **fields: Any,
     ) -> None:
+        if args and isinstance(args[0], Iterator):
+            raise TypeError(
+                "FixedSizeDynamicCache: caches of several replicas cannot be gathered into one, as nn.DataParallel "
+                "does with its outputs; call it with use_cache=False, or generate() of its .module"
+            )
         if args:
             raise TypeError(
                 "FixedSizeDynamicCache takes keyword arguments only: "
                 "FixedSizeDynamicCache(config=model.config, cache_size=1024)"
             )
+        config = getattr(config, "config", config)  # of a model
         made = read_settings("FixedSizeDynamicCache", settings, fields)
         new_layer = functools.partial(FixedSizeLayer, made, protected_spans)
         new_layer()  # checks the spans
@@ -82,8 +88,17 @@ class FixedSizeDynamicCache(BaseCache):
         self.layer_class_to_replicate = None  # we append layers ourselves
         own = [i for i, layer in enumerate(self.layers) if isinstance(layer, FixedSizeLayer)]
         self.first_layer, self.last_layer = (own[0], own[-1]) if own else (0, None)
+        self.keeps_recording = False  # the user asked for it, so generate() does not end it
         self.is_past_checked = False  # while generate() runs, which has looked at its mask at the start
         self.trained_positions = None if config is None else trained_positions(config)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "settings" and name in vars(self):
+            raise AttributeError(
+                "FixedSizeDynamicCache: settings must not be replaced, buffers and scores are made for them; make "
+                "another cache"
+            )
+        super().__setattr__(name, value)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -100,6 +115,8 @@ class FixedSizeDynamicCache(BaseCache):
                 "FixedSizeDynamicCache: keys and values must not require gradients, there is no backward; "
                 "call the model under torch.no_grad() or torch.inference_mode(), or train with use_cache=False"
             )
+        if not isinstance(layer_idx, int) or layer_idx < 0:
+            raise TypeError(f"update: layer_idx must be a whole number of at least 0; got {layer_idx!r}")
         while len(self.layers) <= layer_idx:
             self.layers.append(FixedSizeLayer(self.settings, self.protected_spans))
             self.layers[-1].record_past = self.record_past
@@ -173,22 +190,23 @@ class FixedSizeDynamicCache(BaseCache):
         return output
 
     def activate_past_recording(self) -> None:
-        """Evicts nothing before the next ``crop``, so that it can take tokens back. Assisted decoding calls it."""
-        self.record_past = True
+        """Evicts nothing before the next ``crop``, so that it can take tokens back. Assisted decoding calls it, and who
+        wants to take back what generate() adds: it lasts until :meth:`stop_past_recording` or :meth:`reset`."""
+        self.record_past, self.keeps_recording = True, not self.is_past_checked
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
 
     def stop_past_recording(self) -> None:
         """What was recorded stays, and is evicted down to the size."""
-        self.record_past = False
+        self.record_past = self.keeps_recording = False
         for layer in self.layers:
             if isinstance(layer, FixedSizeLayer):
                 layer.stop_past_recording()
 
     def reset(self) -> None:
         """Forgets all tokens and keeps the buffers. A step that broke off, or recording, ends with it too."""
-        self.record_past = False
+        self.record_past = self.keeps_recording = False
         for i, layer in enumerate(self.layers):
             if isinstance(layer, FixedSizeLayer):
                 layer.reset()

@@ -2,6 +2,7 @@
 """What a cache is told when it is made: its size, its rule, and the three environment variables."""
 
 import functools
+import operator
 import os
 import warnings
 from dataclasses import dataclass, fields
@@ -67,6 +68,8 @@ class FixedSizeCacheConfig:
         choose("include_skipped", lambda: read_bool(INCLUDE_SKIPPED, False))
         choose("free_memory", lambda: read_bool(FREE_MEMORY, False))
         choose("cache_size", lambda: read_size(CACHE_SIZE, 1024))
+        for name in ("cache_size", "sink_tokens", "recent_tokens"):
+            object.__setattr__(self, name, _as_int(getattr(self, name)))
         self._check_switches()
         _check_int("cache_size", self.cache_size, 2 if self.include_skipped else 1)
         choose("sink_tokens", min(4, self.slots // 24))
@@ -154,6 +157,14 @@ def read_bool(name: str, default: bool) -> bool:
     if word not in _TRUE | _FALSE:
         raise ValueError(f"{name} must be true, false, 1, 0, yes, no, on or off; got {text!r}")
     return word in _TRUE
+
+
+def _as_int(value: object) -> object:
+    """Whole numbers of NumPy and torch as Python's; others are left for the checks."""
+    try:
+        return value if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value
 
 
 def _check_int(name: str, value: object, least: int) -> None:

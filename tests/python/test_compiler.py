@@ -10,9 +10,8 @@ from test_chunk_attention import OPTIONS, case
 
 TRUNCATE = torch.ops.fsdc.truncate.default
 ACCUMULATE = torch.ops.fsdc.accumulate_scores_.default
-DECODE = torch.ops.fsdc.decode_attention_.default
-
 CHUNK = torch.ops.fsdc.chunk_attention_.default
+DECODE = torch.ops.fsdc.decode_attention_.default
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
@@ -77,6 +76,61 @@ def test_export(bounds, device):
         assert_all_same_bits(program.module()(keys, scores), TRUNCATE(keys, keys, scores, 16))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graph():
+    keys, scores = rows(1, 2, 500, 64, device="cuda"), torch.rand(1, 2, 500, device="cuda")
+    TRUNCATE(keys, keys, scores, 100)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = TRUNCATE(keys, keys, scores, 100)
+    for _ in range(3):
+        keys.normal_()
+        scores.uniform_()
+        graph.replay()
+        assert_all_same_bits(captured, TRUNCATE(keys, keys, scores, 100))
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_opcheck_chunk_attention(options, dtype):
+    arguments = case(B=2, T=11, Q=5, dtype=dtype, **options)
+    torch.library.opcheck(CHUNK, [arguments.pop(name) for name in ("query", "keys", "values")], arguments)
+
+
+def test_opcheck_chunk_attention_of_different_heads():
+    arguments = case(H=1, T=25, Q=5)
+    flat = [arguments["query"].repeat(1, 2, 1, 1), arguments["keys"][:, 0], arguments["values"][:, 0]]
+    layout = torch.tensor([[0, 3], [8, 17]], dtype=torch.int32)
+    torch.library.opcheck(CHUNK, flat, {"scaling": 1.0, "facts": arguments["facts"][:, :, 0], "head_layout": layout})
+
+
+def attend(query, keys, values, facts):
+    facts = facts + 1
+    return CHUNK(query * 2, keys, values, scaling=0.5, facts=facts, redundancy=True), facts
+
+
+def test_one_graph_of_chunk_attention():
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True)
+    no_caches = torch._inductor.config.patch(force_disable_caches=True)
+    with torch.no_grad(), no_caches, torch._dynamo.config.patch(error_on_recompile=True):
+        for T, Q in ((40, 5), (0, 64), (64, 65), (300, 7)):
+            arguments = [x for name, x in case(T=T, Q=Q).items() if name not in ("scaling", "redundancy")]
+            assert_all_same_bits(compiled(*arguments), attend(*arguments))
+
+
+def test_export_of_chunk_attention():
+    class Attend(torch.nn.Module):
+        def forward(self, query, keys, values, facts):
+            return attend(query, keys, values, facts)
+
+    arguments = [x for name, x in case(T=40, Q=9).items() if name not in ("scaling", "redundancy")]
+    with torch.no_grad():
+        exported = torch.export.export(Attend(), tuple(arguments)).module()
+        assert_all_same_bits(exported(*arguments), attend(*arguments))
+
+
 def decode_steps(operator, case, steps: int) -> tuple[list, set]:
     """Outputs of so many steps with numbers of their own, and the addresses that the state had on the way."""
     generator, outputs, addresses = torch.Generator().manual_seed(1), [], set()
@@ -129,43 +183,3 @@ def test_export_of_a_step():
     expected, _ = decode_steps(decode_step(eager), eager, 20)
     assert_all_same_bits(outputs, expected)
     assert_all_same_bits(state, [getattr(eager, name) for name in STATE])
-
-
-@pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_opcheck_chunk_attention(options, dtype):
-    arguments = case(B=2, T=11, Q=5, dtype=dtype, **options)
-    torch.library.opcheck(CHUNK, [arguments.pop(name) for name in ("query", "keys", "values")], arguments)
-
-
-def test_opcheck_chunk_attention_of_different_heads():
-    arguments = case(H=1, T=25, Q=5)
-    flat = [arguments["query"].repeat(1, 2, 1, 1), arguments["keys"][:, 0], arguments["values"][:, 0]]
-    layout = torch.tensor([[0, 3], [8, 17]], dtype=torch.int32)
-    torch.library.opcheck(CHUNK, flat, {"scaling": 1.0, "facts": arguments["facts"][:, :, 0], "head_layout": layout})
-
-
-def attend(query, keys, values, facts):
-    facts = facts + 1
-    return CHUNK(query * 2, keys, values, scaling=0.5, facts=facts, redundancy=True), facts
-
-
-def test_one_graph_of_chunk_attention():
-    torch._dynamo.reset()
-    compiled = torch.compile(attend, fullgraph=True, dynamic=True)
-    no_caches = torch._inductor.config.patch(force_disable_caches=True)
-    with torch.no_grad(), no_caches, torch._dynamo.config.patch(error_on_recompile=True):
-        for T, Q in ((40, 5), (0, 64), (64, 65), (300, 7)):
-            arguments = [x for name, x in case(T=T, Q=Q).items() if name not in ("scaling", "redundancy")]
-            assert_all_same_bits(compiled(*arguments), attend(*arguments))
-
-
-def test_export_of_chunk_attention():
-    class Attend(torch.nn.Module):
-        def forward(self, query, keys, values, facts):
-            return attend(query, keys, values, facts)
-
-    arguments = [x for name, x in case(T=40, Q=9).items() if name not in ("scaling", "redundancy")]
-    with torch.no_grad():
-        exported = torch.export.export(Attend(), tuple(arguments)).module()
-        assert_all_same_bits(exported(*arguments), attend(*arguments))

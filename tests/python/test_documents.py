@@ -16,7 +16,6 @@ from fixed_size_kv_cache import dynamic_cache, settings
 from fixed_size_kv_cache.huggingface import enabling
 from fixed_size_kv_cache.layer import score_rule
 from fixed_size_kv_cache.operators import reference
-from fixed_size_kv_cache.operators.register import OPERATORS
 from fixed_size_kv_cache.recall import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,12 +117,8 @@ def test_the_operators_page_is_that_of_the_docstrings(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     import write_operators
 
-    assert list(write_operators.schemas()) == [
-        "truncate",
-        "accumulate_scores_",
-        "decode_attention_",
-        "chunk_attention_",
-    ]
+    names = ["truncate", "accumulate_scores_", "decode_attention_", "chunk_attention_"]
+    assert list(write_operators.schemas()) == names
     assert write_operators.PAGE.read_text() == write_operators.page()
 
 

@@ -152,8 +152,11 @@ def test_packed_texts_without_a_cache_do_not_see_each_other():
 def test_a_cache_of_somebody_else_is_noticed_at_the_second_forward():
     model, ids = tiny_llama(), tokens(1, 12)
     with enable(model, cache_size=12), torch.no_grad():
-        stock = model(ids, use_cache=True).past_key_values
-        with pytest.raises(RuntimeError, match=r"must be a FixedSizeDynamicCache.*got 13 keys for 1 queries.*enable"):
+        stock = DynamicCache()
+        model(ids, past_key_values=stock)
+        with pytest.raises(
+            RuntimeError, match=r"must be a FixedSizeDynamicCache.*got 13 keys for 1 queries.*let it make"
+        ):
             model(ids[:, :1], past_key_values=stock)
 
 

@@ -51,6 +51,23 @@ def test_the_same_bits_every_time(device):
         assert_all_same_bits(torch.ops.fsdc.truncate(*inputs, include_skipped=True), first)
 
 
+def chunk(H, T=700, Q=150, dtype=torch.float32):
+    facts = torch.rand(4, 1, H, T + Q)
+    query, keys, values = rows(1, 3 * H, Q, 40, dtype), rows(1, H, T + Q, 40, dtype), rows(1, H, T + Q, 40, dtype)
+    return {"query": query, "keys": keys, "values": values, "scaling": 0.2, "facts": facts, "redundancy": True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("H", [1, 3, 8])
+def test_chunk_attention_gives_the_same_bits_for_any_number_of_threads(H, dtype, threads):
+    arguments, results = chunk(H, dtype=dtype), []
+    for number in (1, 1, 2, 3, 7):
+        threads(number)
+        facts = arguments["facts"].clone()
+        results.append((torch.ops.fsdc.chunk_attention_(**{**arguments, "facts": facts}), facts))
+        assert_all_same_bits(results[-1], results[0])
+
+
 @pytest.mark.parametrize("dtype", FLOATING)
 @pytest.mark.parametrize("B, H, slots", [(1, 1, 5000), (1, 3, 1030), (5, 4, 600)])
 def test_a_decode_step_gives_the_same_bits_for_any_number_of_threads(B, H, slots, dtype, threads):
@@ -75,20 +92,3 @@ def test_decode_steps_from_several_python_threads():
         for results, wanted in zip(pool.map(work, range(4)), expected, strict=True):
             for result in results:
                 assert_all_same_bits(result, wanted)
-
-
-def chunk(H, T=700, Q=150, dtype=torch.float32):
-    facts = torch.rand(4, 1, H, T + Q)
-    query, keys, values = rows(1, 3 * H, Q, 40, dtype), rows(1, H, T + Q, 40, dtype), rows(1, H, T + Q, 40, dtype)
-    return {"query": query, "keys": keys, "values": values, "scaling": 0.2, "facts": facts, "redundancy": True}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("H", [1, 3, 8])
-def test_chunk_attention_gives_the_same_bits_for_any_number_of_threads(H, dtype, threads):
-    arguments, results = chunk(H, dtype=dtype), []
-    for number in (1, 1, 2, 3, 7):
-        threads(number)
-        facts = arguments["facts"].clone()
-        results.append((torch.ops.fsdc.chunk_attention_(**{**arguments, "facts": facts}), facts))
-        assert_all_same_bits(results[-1], results[0])

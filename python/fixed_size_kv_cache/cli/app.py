@@ -110,6 +110,34 @@ def generate(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def perplexity(
+    stdin: Annotated[str | None, typer.Argument(metavar="[-]", help="- reads the text from standard input.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or Hub name; else the embedded model.")] = None,
+    cache_size: Annotated[int, typer.Option(min=1, help="Tokens per layer and KV head.")] = 1024,
+    prompt: Annotated[str | None, typer.Option(help="The text to read.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A file with that text, - for standard input.")] = None,
+    chunk_size: Annotated[int | None, typer.Option(min=1, help="Tokens at a time; else a 16th of the cache.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as saved.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")] = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Read it with a cache that holds all of it too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Read a text through a cache of fixed size, and show how well the model predicts it."""
+    text = _prompt(stdin, prompt, prompt_file)
+    from . import perplexity as measuring
+    from .load_model import Refused
+
+    _quiet()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        measuring.run(model, cache_size, text, chunk_size, dtype.value, device, compare, as_json)
+    except Refused as error:
+        print(f"fsdc perplexity: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:
     """The one prompt that was given."""
     if stdin not in (None, "-"):

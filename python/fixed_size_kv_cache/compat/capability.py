@@ -75,6 +75,11 @@ def check_model(model: Any) -> None:
     """Raises NotImplementedError where a model's attention does not go through transformers' AttentionInterface."""
     check_config(model.config)
     config = text_config(model.config)
+    if not model._supports_default_dynamic_cache():
+        raise NotImplementedError(
+            f"transformers must make the cache; it makes none for {type(model).__name__}, which has one of its "
+            f"own{INSTEAD}"
+        )
     decoders = text_decoders(model, config)
     for decoder in decoders:
         if not on_attention_interface(type(decoder)):

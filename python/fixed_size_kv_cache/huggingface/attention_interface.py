@@ -16,8 +16,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from ..compat.capability import has_window
 from ..layer.attention import LogitRule, attend_with_weights, products_of
 from ..layer.handoff import HANDOFF
+from .causes import why_foreign_cache
+from .marks import NAME
 
-NAME = "fsdc"
 UNKNOWN = {"position_bias", "indices", "block_indices", "cache"}  # arguments that change the result of other attention
 
 
@@ -83,15 +84,15 @@ def _attend_elsewhere(
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None or mask.dim() == 2:
-        if S != Q and is_causal:
+        with_gradients = torch.is_grad_enabled() and key.requires_grad and Q > 1  # prefix tuning: S - Q virtual tokens
+        if S != Q and is_causal and not with_gradients:
             raise RuntimeError(
                 f"{type(module).__name__}: the cache must be a FixedSizeDynamicCache, others lose nothing and report "
-                f"nothing; got {S} keys for {Q} queries; call enable(model, cache_size=...), or pass "
-                "past_key_values=FixedSizeDynamicCache(config=model.config)"
+                f"nothing; got {S} keys for {Q} queries; {why_foreign_cache(module)}"
             )
-        mask = (
-            None if mask is None else _causal(mask, Q) if is_causal else mask.bool()[:, None, None].expand(-1, 1, Q, -1)
-        )
+        if mask is not None or (S != Q and is_causal):
+            mask = query.new_ones(1, S) if mask is None else mask
+            mask = _causal(mask, Q, S) if is_causal else mask.bool()[:, None, None].expand(-1, 1, Q, -1)
     if rule.softcap is None and rule.sinks is None:
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=rule.scaling, is_causal=is_causal and mask is None
@@ -109,11 +110,12 @@ def _attend_elsewhere(
     return output.transpose(1, 2).contiguous()
 
 
-def _causal(mask: Tensor, Q: int) -> Tensor:
-    """``[B, 1, Q, Q]`` for a mask of real tokens ``[B, Q]``; padding sees itself, so that no row is empty."""
-    ordered = torch.ones(Q, Q, dtype=torch.bool, device=mask.device).tril()
-    itself = torch.eye(Q, dtype=torch.bool, device=mask.device)
-    return (ordered & mask.bool()[:, None, None, :]) | itself
+def _causal(mask: Tensor, Q: int, S: int) -> Tensor:
+    """``[B, 1, Q, S]`` for a mask of real tokens ``[B, S]``; what sees none sees itself, so that no row is empty."""
+    ordered = torch.ones(Q, S, dtype=torch.bool, device=mask.device).tril(S - Q)
+    itself = ordered & ~ordered.tril(S - Q - 1)
+    seen = ordered & mask.bool()[:, None, None, :]
+    return seen | (itself & ~seen.any(-1, keepdim=True))
 
 
 def fsdc_mask(

@@ -3,47 +3,53 @@
 
 import contextlib
 import warnings
+import weakref
 from typing import Any
 
+import torch
+
 from ..compat.capability import check_config, check_model, text_config
-from ..compat.transformers import set_implementation
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..layer.layer import FixedSizeLayer
 from ..settings import FixedSizeCacheConfig, read_settings
-from . import generate_hook
-from .attention_interface import NAME
+from . import generate_hook, marks, own_cache
+from .marks import Cap
 
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
 
 class Enabled(contextlib.AbstractContextManager):
-    """What ``enable`` returns. As a context manager it restores at the end what was before, ``enable`` included, unless
-    another came after it."""
+    """What ``enable`` returns: one cap of a model, which ends with the block or with :meth:`disable`, whatever other
+    blocks begin or end meanwhile, in whatever thread. It does not keep the model alive."""
 
-    def __init__(self, model: Any, settings: FixedSizeCacheConfig, prefill_chunk_size: int, previous: Any) -> None:
-        self.model, self.settings, self.prefill_chunk_size = model, settings, prefill_chunk_size
-        self.previous = previous
-        self.original = text_config(model.config)._attn_implementation
+    def __init__(self, model: Any, cap: Cap) -> None:
+        self._model, self._cap = weakref.ref(model), cap
+        self._name = type(model).__name__
+
+    @property
+    def settings(self) -> FixedSizeCacheConfig:
+        return self._cap.settings
+
+    @property
+    def prefill_chunk_size(self) -> int:
+        return self._cap.prefill_chunk_size
 
     def disable(self) -> None:
-        """Restores the model's attention and generate()."""
-        if generate_hook.enabled(self.model) is self:
-            delattr(self.model, generate_hook.MARK)
-            set_implementation(text_config(self.model.config), self.original)
+        """Ends this cap. The one before it counts then; after the last one the model is as it was."""
+        model = self._model()
+        if model is not None:
+            marks.remove(model, self._cap)
 
     def __exit__(self, *error: Any) -> None:
-        is_current = generate_hook.enabled(self.model) is self
         self.disable()
-        if is_current and self.previous is not None:
-            set_implementation(text_config(self.model.config), NAME)
-            setattr(self.model, generate_hook.MARK, self.previous)
 
     def __repr__(self) -> str:
-        return f"Enabled({type(self.model).__name__}, cache_size={self.settings.cache_size})"
+        return f"Enabled({self._name}, cache_size={self.settings.cache_size})"
 
 
 def enable(
     model_or_pipeline: Any,
+    cache_size: int | None = None,
     *,
     settings: FixedSizeCacheConfig | None = None,
     prefill_chunk_size: int | None = None,
@@ -52,22 +58,24 @@ def enable(
     """Caps the cache of every generate() of a model, from now on.
 
     The attention of its text decoder becomes "fsdc", and generate() makes a :class:`FixedSizeDynamicCache`. One that is
-    passed as ``past_key_values`` wins; an empty ``DynamicCache`` is taken over; any other cache is an error. Without a
-    cache, or with gradients, the attention is PyTorch's. Nothing of it is saved with the model.
+    passed as ``past_key_values`` wins; an empty ``DynamicCache`` is taken over; any other cache is an error.
+    ``model(ids)`` without gradients returns one too; what is read in one call sees all of it. Without a cache, or with
+    gradients, the attention is PyTorch's. Nothing of it is saved with the model.
 
     Args:
         model_or_pipeline: a decoder-only model that can generate, or what holds one: a pipeline, a PEFT model, a
-            compiled module. Of a model for images and text the text decoder is meant.
+            compiled or parallel module. Of a model for images and text the text decoder is meant.
+        cache_size: tokens per layer and KV head.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         prefill_chunk_size: longer prompts are read in chunks of so many tokens, so that memory stays at two caches and
             a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a
             compiled generate() and for rotary embeddings that depend on the length come in one piece.
-        **fields: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
+        **fields: ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
             ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
 
     Returns:
-        A handle: ``with enable(model): ...`` disables at the end, ``handle.disable()`` at once. A second ``enable``
-        replaces the first.
+        A handle: ``with enable(model): ...`` ends at the end of the block, ``handle.disable()`` at once. Of several the
+        last counts, until it ends; ``disable(model)`` ends all of them.
 
     Raises:
         TypeError: for what is no model, and for unknown settings.
@@ -89,77 +97,92 @@ def enable(
         >>> handle.disable()
     """
     model = unwrap(model_or_pipeline)
-    made = read_settings("enable", settings, fields)
+    made = read_settings("enable", settings, _with_size(cache_size, fields))
     chunk = max(512, made.cache_size) if prefill_chunk_size is None else prefill_chunk_size
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"enable: prefill_chunk_size must be a whole number of at least 1; got {chunk!r}")
     check_config(model.config)
     check_model(model)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
-    previous = generate_hook.enabled(model)
-    disable(model)
-    handle = Enabled(model, made, chunk, previous)
-    if any(isinstance(layer, FixedSizeLayer) for layer in cache.layers):
-        set_implementation(text_config(model.config), NAME)
-    else:
+    cap = Cap(made, chunk, has_effect=any(isinstance(layer, FixedSizeLayer) for layer in cache.layers))
+    if not cap.has_effect:
         warnings.warn(
             f"{type(model).__name__} has no layer whose cache grows: all have a sliding window or are linear, so there "
             "is nothing to cap",
             stacklevel=2,
         )
-    setattr(model, generate_hook.MARK, handle)
-    return handle
+    marks.add(model, cap)
+    own_cache.install(model, text_config(model.config))
+    return Enabled(model, cap)
 
 
 def disable(model_or_pipeline: Any) -> None:
-    """Restores the attention and generate() of a model. Nothing happens to one that was never enabled."""
-    handle = generate_hook.enabled(unwrap(model_or_pipeline))
-    if handle is not None:
-        handle.disable()
+    """Ends every ``enable`` of a model: its attention and generate() are as before. One that was never enabled stays as
+    it is."""
+    marks.remove(unwrap(model_or_pipeline))
 
 
 class Default(contextlib.AbstractContextManager):
-    """What ``as_default`` returns. As a context manager it disables at the end all models that it has enabled."""
+    """What ``as_default`` returns. At its end the models that it has enabled are as before."""
 
     def __init__(self, settings: FixedSizeCacheConfig, prefill_chunk_size: int | None) -> None:
         self.settings, self.prefill_chunk_size = settings, prefill_chunk_size
-        self.handles: list[Enabled] = []
-        self.previous = generate_hook.DEFAULT.enable
-        generate_hook.DEFAULT.enable = self._enable
+        self._enabled: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # models and their handles
+        self._enable = self._enable_model  # one object, to be found again
+        with marks.LOCK:
+            generate_hook.DEFAULTS.append(self._enable)
 
-    def _enable(self, model: Any) -> None:
-        self.handles.append(enable(model, settings=self.settings, prefill_chunk_size=self.prefill_chunk_size))
+    def _enable_model(self, model: Any) -> None:
+        """Whatever comes to generate() in this process; a model that cannot be capped goes on as it is."""
+        with marks.LOCK:
+            if self._enable not in generate_hook.DEFAULTS or self._enabled.get(model, self) is None:
+                return  # it has ended, or the model could not be capped
+            try:
+                handle = enable(model, settings=self.settings, prefill_chunk_size=self.prefill_chunk_size)
+            except NotImplementedError as error:
+                handle = None
+                warnings.warn(
+                    f"as_default: {type(model).__name__} keeps transformers' own cache: {error}", stacklevel=2
+                )
+            self._enabled[model] = handle
 
     def disable(self) -> None:
         """Ends it, for models that were enabled by it too."""
-        if generate_hook.DEFAULT.enable == self._enable:
-            generate_hook.DEFAULT.enable = None
-        while self.handles:
-            self.handles.pop().disable()
+        with marks.LOCK:
+            generate_hook.DEFAULTS[:] = [other for other in generate_hook.DEFAULTS if other is not self._enable]
+            handles = [handle for handle in self._enabled.values() if handle is not None]
+            self._enabled.clear()
+        for handle in handles:
+            handle.disable()
 
     def __exit__(self, *error: Any) -> None:
-        is_current = generate_hook.DEFAULT.enable == self._enable
         self.disable()
-        if is_current:
-            generate_hook.DEFAULT.enable = self.previous
 
 
 def as_default(
-    *, settings: FixedSizeCacheConfig | None = None, prefill_chunk_size: int | None = None, **fields: Any
+    cache_size: int | None = None,
+    *,
+    settings: FixedSizeCacheConfig | None = None,
+    prefill_chunk_size: int | None = None,
+    **fields: Any,
 ) -> Default:
     """Enables every model of this process at its next generate(), pipelines included.
 
-    Takes the arguments of :func:`enable` but for the model, and raises as that does, for a model at its generate().
-    A second call replaces the first for models that come after it.
+    Takes the arguments of :func:`enable` but for the model. A model that cannot be capped keeps its own cache, and a
+    warning says why. Of several the last counts for models that come after it, until it ends.
 
     Returns:
         A handle: ``with as_default(cache_size=1024): ...``, or ``handle.disable()``.
     """
-    return Default(read_settings("as_default", settings, fields), prefill_chunk_size)
+    return Default(read_settings("as_default", settings, _with_size(cache_size, fields)), prefill_chunk_size)
+
+
+def _with_size(cache_size: int | None, fields: dict) -> dict:
+    return fields if cache_size is None else {"cache_size": cache_size, **fields}
 
 
 def unwrap(model_or_pipeline: Any) -> Any:
-    """The model that generates, out of a pipeline, a PEFT model or a compiled module."""
+    """The model that generates, out of a pipeline, a PEFT model, or a compiled or parallel module."""
     from transformers import PreTrainedModel
 
     model, wrapped = model_or_pipeline, True
@@ -169,11 +192,16 @@ def unwrap(model_or_pipeline: Any) -> Any:
             model, wrapped = model._orig_mod, True
         elif hasattr(model, "get_base_model"):  # PEFT
             model, wrapped = model.get_base_model(), True
+        elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "module", None), torch.nn.Module):
+            model, wrapped = (
+                model.module,
+                True,
+            )  # DistributedDataParallel, DataParallel, what Accelerator made of a model
         elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "model", None), PreTrainedModel):
             model, wrapped = model.model, True  # a pipeline
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise TypeError(
-            "enable: model_or_pipeline must be a model of transformers that can generate, or a pipeline, PEFT model or "
-            f"compiled module of one; got {type(model).__name__}"
+            "enable: model_or_pipeline must be a model of transformers that can generate, or a pipeline, PEFT model, "
+            f"compiled or parallel module of one; got {type(model).__name__}"
         )
     return model

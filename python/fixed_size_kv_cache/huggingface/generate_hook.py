@@ -29,31 +29,23 @@ from ..compat.transformers import (
 )
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..settings import CACHE_SIZE, FixedSizeCacheConfig
+from . import attention_interface  # noqa: F401  registers the attention
 from .assisted import skip_what_was_read
-from .attention_interface import NAME
+from .causes import changed_attention, shared_config
 from .handed_over import Given, cache_of
+from .marks import NAME, RUNNING, enabled, enabled_with
 
-MARK = "_fixed_size_cache"  # the attribute of an enabled model; no parameter and no buffer, so it is not saved
 REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
 TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids", CACHE_NAME}
 
 
-class Default:
-    """What as_default has set: a function that enables a model, or nothing."""
-
-    enable: Callable[[Any], Any] | None = None
-
-
-DEFAULT = Default()
-
-
-def enabled(model: Any) -> Any:
-    """The handle of an enabled model, None for others."""
-    return vars(model).get(MARK)
+DEFAULTS: list[Callable[[Any], None]] = []  # what as_default has set: functions that enable a model; the last counts
 
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
     """After transformers has made a cache, or taken the user's: what an enabled model goes on with."""
+    if cause := changed_attention(model):
+        raise RuntimeError(f"generate: {cause}")
     cache = model_kwargs.get(CACHE_NAME)
     use_cache = model_kwargs.get("use_cache")
     use_cache = generation_config.use_cache if use_cache is None else use_cache
@@ -84,8 +76,14 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
         legacy.adopt_empty(cache, FixedSizeDynamicCache(config=model.config, settings=_settings(model)))
     assisted = is_assisted(generation_config, arguments)
     if assisted:
+        if cache.keeps_recording:
+            raise ValueError(
+                "generate: assisted decoding takes tokens back itself, so what it adds cannot be taken back later; go "
+                "on from a copy of the cache, copy.deepcopy(cache), instead of activate_past_recording()"
+            )
         cache.activate_past_recording()
-    else:
+        cache.keeps_recording = False
+    elif not cache.keeps_recording:
         cache.stop_past_recording()
     cache.allow_compilation(generation_config.compile_config is not None)
     _choose_chunks(model, generation_config, model_kwargs, assisted)
@@ -93,9 +91,11 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
 
 def _settings(model: Any) -> FixedSizeCacheConfig:
     """Of an enabled model, or from the environment where only the attention was set."""
-    handle = enabled(model)
-    if handle is not None:
-        return handle.settings
+    cap = enabled(model)
+    if cap is not None:
+        return cap.settings
+    if owners := enabled_with(text_config(model.config)):
+        raise RuntimeError(f"generate: {type(model).__name__} is not enabled, but {shared_config(owners[0])}")
     if CACHE_SIZE not in os.environ:
         raise RuntimeError(
             f'generate: a model with attn_implementation="{NAME}" must be told the size of its cache; call '
@@ -119,8 +119,8 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
                 "transformers"
             )
         return
-    handle, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
-    chunk = max(512, cache_size) if handle is None else handle.prefill_chunk_size
+    cap, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
+    chunk = max(512, cache_size) if cap is None else cap.prefill_chunk_size
     forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
     if (
         forgets
@@ -156,10 +156,12 @@ def _install() -> None:
 
     @functools.wraps(original)
     def prepare_cache_for_generation(self: Any, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any):
-        if DEFAULT.enable is not None and enabled(self) is None:
-            DEFAULT.enable(self)
+        if enabled(self) is None:
+            for enable in DEFAULTS[-1:]:
+                enable(self)
         result = original(self, generation_config, model_kwargs, *args, **kwargs)
-        if enabled(self) is not None or text_config(self.config)._attn_implementation == NAME:
+        cap = enabled(self)
+        if cap.has_effect if cap is not None else text_config(self.config)._attn_implementation == NAME:
             _prepare(self, generation_config, model_kwargs, (*args, *kwargs.values()))
         return result
 
@@ -174,18 +176,21 @@ def _with_history(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def generate(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = cache_of(kwargs)
-        if cache is None:
-            return original(self, input_ids, *args, **kwargs)
-        given = Given(cache, input_ids, kwargs["generation_config"], kwargs)
-        cache.is_past_checked = True
+        cache, before = cache_of(kwargs), (RUNNING.model, RUNNING.cache)
+        RUNNING.model, RUNNING.cache = self, cache
         try:
+            if cache is None:
+                return original(self, input_ids, *args, **kwargs)
+            given = Given(cache, input_ids, kwargs["generation_config"], kwargs)
             with skip_what_was_read(self, given) if is_assisted_loop else contextlib.nullcontext():
+                cache.is_past_checked = True
                 result = original(self, input_ids, *args, **kwargs)
+            given.remember(result if isinstance(result, Tensor) else result.sequences)
+            return result
         finally:
-            cache.is_past_checked = False
-        given.remember(result if isinstance(result, Tensor) else result.sequences)
-        return result
+            RUNNING.model, RUNNING.cache = before
+            if cache is not None:
+                cache.is_past_checked = False
 
     is_assisted_loop = original.__name__ == "_assisted_decoding"
     return generate

@@ -12,21 +12,12 @@ from ..compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, query_
 from ..settings import FixedSizeCacheConfig
 from . import attention, chunk, decode
 from .attention import LogitRule
+from .checks import HIDDEN, make_slots, no_report, refuse_assignment, sizes_differ
 from .history import History
 from .new_tokens import ALL_REAL, Stage, Visibility, hides_the_past, read_mask
 from .protected_spans import read_spans
 from .recorded import Recorded
 from .slots import Slots
-
-NO_REPORT = (
-    "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. Call "
-    "enable(model), use the forward of fixed_size_kv_cache.llama_attention, or call cache_truncate() after your "
-    "attention; after an error inside a step call reset()"
-)
-HIDDEN = (
-    "attention_mask must show new tokens all {} that the cache has read, padding apart: what was read cannot be hidden "
-    "afterwards; give branches of a tree a copy of the cache each, and packed texts a row each"
-)
 
 
 class FixedSizeLayer(DynamicLayer):
@@ -63,7 +54,7 @@ class FixedSizeLayer(DynamicLayer):
         """Makes the buffers for keys ``[B, H, ..., D]`` and values like these."""
         value_states = key_states if value_states is None else value_states
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.slots = Slots(key_states, value_states, self.settings, self.protected_spans)
+        self.slots = make_slots(key_states, value_states, self.settings, self.protected_spans)
         self.is_initialized = True
 
     # ---- what it holds -----------------------------------------------------------------------------------------------
@@ -80,12 +71,11 @@ class FixedSizeLayer(DynamicLayer):
 
     @keys.setter
     def keys(self, tensor: None) -> None:
-        if tensor is not None:  # transformers' own layers begin with None
-            raise AttributeError(
-                "FixedSizeLayer: keys and values must not be assigned, the cache writes its slots itself"
-            )
+        refuse_assignment("keys", tensor)
 
-    values = values.setter(keys.fset)
+    @values.setter
+    def values(self, tensor: None) -> None:
+        refuse_assignment("values", tensor)
 
     @property
     def tokens_seen(self) -> int:
@@ -179,20 +169,18 @@ class FixedSizeLayer(DynamicLayer):
         graph is compiled these are all slots, so that shapes stay; only our attention knows which of them are empty.
         """
         if self.staged is not None:
-            raise RuntimeError(NO_REPORT.format("update"))
+            raise RuntimeError(no_report("update"))
+        Q = key_states.shape[2]
+        if Q == 0 or value_states.shape[2] != Q:
+            raise ValueError(sizes_differ(key_states, value_states))
         if self.slots is None or not self.slots.fits(key_states, value_states):
             self._make_room_for(key_states, value_states)
         if self.recorded is not None and not self.record_past:
             self.crop(0)
-        Q = key_states.shape[2]
         if Q == 1 and not self.record_past:
             T = self.settings.slots if torch.compiler.is_compiling() else self.tokens_held
             keys, values = self.slots.put_behind(T, key_states, value_states)
         else:
-            if Q == 0:
-                raise ValueError(
-                    f"update: there must be at least one new token; got keys of sizes {list(key_states.shape)}"
-                )
             before = [self.slots.order(self.tokens_held), *([] if self.recorded is None else [self.recorded])]
             keys = torch.cat([*(x.keys for x in before), key_states], dim=2)
             values = torch.cat([*(x.values for x in before), value_states], dim=2)
@@ -201,6 +189,8 @@ class FixedSizeLayer(DynamicLayer):
         return keys, values
 
     def _make_room_for(self, keys: Tensor, values: Tensor) -> None:
+        if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ValueError(sizes_differ(keys, values))
         if self.slots is not None and self.tokens_seen != 0:
             held = list(self.slots.tokens.keys.shape[:2])
             raise ValueError(
@@ -337,7 +327,7 @@ class FixedSizeLayer(DynamicLayer):
         until something is evicted, and what they have added to the scores of others stays.
         """
         if self.staged is not None:
-            raise RuntimeError(NO_REPORT.format("crop"))
+            raise RuntimeError(no_report("crop"))
         if not self.is_initialized:
             return
         remove = -count if count <= 0 else max(0, self.tokens_seen - count)
@@ -369,8 +359,8 @@ class FixedSizeLayer(DynamicLayer):
         if self.tokens_seen > self.settings.slots:
             raise RuntimeError(
                 f"crop: tokens can be taken back only until something is evicted, up to {self.settings.slots} tokens; "
-                f"got {self.tokens_seen} tokens seen; call activate_past_recording() before these tokens come, as "
-                "generate() of an enabled model does"
+                f"got {self.tokens_seen} tokens seen; call cache.activate_past_recording() before the tokens that are "
+                "to be taken back, or go on from a copy of the cache, copy.deepcopy(cache)"
             )
         if self.slots.may_have_holes and not self.slots.is_ordered:  # a compiled step has put tokens into holes
             raise RuntimeError(
@@ -404,7 +394,7 @@ class FixedSizeLayer(DynamicLayer):
 
     def _select_rows(self, choose) -> None:
         if self.staged is not None:
-            raise RuntimeError(NO_REPORT.format("reorder"))
+            raise RuntimeError(no_report("reorder"))
         if self.slots is None:
             return
         rows = choose(torch.arange(self.slots.seen.shape[0], device=self.device))

@@ -23,7 +23,9 @@ def read_spans(spans: Sequence | None, settings: FixedSizeCacheConfig) -> list[l
         TypeError: for anything that is not a list of pairs of whole numbers.
         ValueError: for an empty span, and where sinks, recent tokens and spans do not fit into the slots.
     """
-    spans = list(spans or [])
+    spans = [] if spans is None else spans.tolist() if hasattr(spans, "tolist") else spans  # of NumPy and torch
+    if isinstance(spans, str) or not isinstance(spans, Sequence):
+        raise TypeError(f"protected_spans must be a list of pairs (start, stop), or one for each row; got {spans!r}")
     rows = spans if spans and all(_is_list_of_pairs(row) for row in spans) else [spans]
     for row in rows:
         for span in row:
@@ -38,7 +40,7 @@ def read_spans(spans: Sequence | None, settings: FixedSizeCacheConfig) -> list[l
                 f"protected_spans must leave room in the {settings.slots} tokens that are held; got {sinks} sink_tokens"
                 f" + {recent} recent_tokens + {more} tokens of spans; use a larger cache_size or fewer recent_tokens"
             )
-    return [[(start, stop) for start, stop in row] for row in rows]
+    return [[(int(start), int(stop)) for start, stop in row] for row in rows]
 
 
 def spans_as_tensor(rows: list[list[Span]], B: int, device: torch.device) -> Tensor | None:
@@ -60,12 +62,16 @@ def in_spans(spans: Tensor, positions: Tensor) -> Tensor:
     return ((positions >= spans[:, None, :, 0]) & (positions < spans[:, None, :, 1])).any(-1)
 
 
+def _is_whole(number: object) -> bool:
+    return hasattr(number, "__index__") and not isinstance(number, bool)
+
+
 def _is_list_of_pairs(row: object) -> bool:
     return isinstance(row, Sequence) and all(isinstance(span, Sequence) for span in row)
 
 
 def _check_span(span: object) -> None:
-    whole = isinstance(span, Sequence) and len(span) == 2 and all(type(number) is int for number in span)
+    whole = isinstance(span, Sequence) and len(span) == 2 and all(_is_whole(number) for number in span)
     if not whole:
         raise TypeError(f"protected_spans must be pairs (start, stop) of whole numbers; got {span!r}")
     if not 0 <= span[0] < span[1]:

@@ -97,7 +97,7 @@ class Slots:
 
     def fits(self, keys: Tensor, values: Tensor) -> bool:
         """Whether tokens have the batch, heads, dimensions, type and device of the buffers."""
-        return _kind(keys, values) == self._like
+        return _kind(keys, values) == self._like and keys.shape[2] == values.shape[2]
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -203,8 +203,10 @@ def take(tokens: Tokens, indices: Tensor) -> Tokens:
 
 
 def _kind(keys: Tensor, values: Tensor) -> tuple:
-    B, H, _, D = keys.shape
-    return B, H, D, values.shape[:2], values.shape[3], keys.dtype, values.dtype, keys.device, values.device
+    """What must stay of tokens from step to step: all but their number."""
+    of_keys, of_values = keys.shape, values.shape
+    sizes = of_keys[:2], of_keys[3:], of_values[:2], of_values[3:]
+    return *sizes, keys.dtype, values.dtype, keys.device, values.device
 
 
 def _select(x: Tensor, rows: Tensor, dim: int = 0) -> Tensor:

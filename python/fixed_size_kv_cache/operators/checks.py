@@ -85,136 +85,6 @@ def check_accumulate_scores(
     check_no_overlap(op, {"scores": scores}, {"weights": weights, "query_weights": query_weights, "carry": carry})
 
 
-def check_chunk_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    facts: Tensor | None = None,
-    positions: Tensor | None = None,
-    query_weights: Tensor | None = None,
-    carry: Tensor | None = None,
-    redundancy: bool = False,
-    sees: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    head_layout: Tensor | None = None,
-    skipped_keys: Tensor | None = None,
-    skipped_values: Tensor | None = None,
-    skipped_count: Tensor | None = None,
-    lost: Tensor | None = None,
-    skipped_mean: bool = True,
-) -> None:
-    op = "chunk_attention_"
-    _check_rank(op, "query", query, 4, "[B, Hq, Q, D]")
-    _check_floating(op, "query", query)
-    _check_contiguous_rows(op, "query", query)
-    B, Hq, Q, D = query.shape
-    if head_layout is None:
-        _check_rank(op, "keys", keys, 4, "[B, H, S, D]")
-        _check_rank(op, "values", values, 4, "[B, H, S, Dv]")
-        H = keys.shape[1]
-        heads, letters = [H, keys.shape[2]], "H, S"
-    else:
-        _check_rank(op, "keys", keys, 3, "[B, rows, D] with a head_layout")
-        _check_rank(op, "values", values, 3, "[B, rows, Dv] with a head_layout")
-        _check_rank(op, "head_layout", head_layout, 2, "[H, 2]")
-        H = head_layout.shape[0]
-        _check_sizes(op, "head_layout", head_layout, [H, 2], "[H, 2]")
-        _check_type(op, "head_layout", head_layout, torch.int32)
-        _check_contiguous(op, "head_layout", head_layout)
-        heads, letters = [keys.shape[1]], "rows"
-    Dv = values.shape[-1]
-    _check_sizes(op, "keys", keys, [B, *heads, D], f"[B, {letters}, D]")
-    _check_sizes(op, "values", values, [B, *heads, Dv], f"[B, {letters}, Dv]")
-    if facts is not None:
-        _check_sizes(op, "facts", facts, [4, B, *heads], f"[4, B, {letters}]")
-    if positions is not None:
-        _check_sizes(op, "positions", positions, [B, *heads], f"[B, {letters}]")
-    for name, tensor in (("keys", keys), ("values", values)):
-        torch._check(
-            tensor.dtype == query.dtype,
-            lambda name=name, tensor=tensor: (
-                f"{op}: {name} must have the type of query, {_name(query.dtype)}; got {_name(tensor.dtype)}"
-            ),
-        )
-        _check_contiguous_rows(op, name, tensor)
-    tokens = heads[-1]
-    if isinstance(tokens, int):
-        torch._check(tokens < 1 << 31, lambda: f"{op}: keys must have fewer than 2147483648 tokens; got {tokens}")
-    if head_layout is None:
-        torch._check(tokens >= Q, lambda: f"{op}: keys must have at least the {Q} new tokens; got {tokens}")
-    torch._check(
-        Hq == 0 if isinstance(H, int) and H == 0 else sym_and(Hq > 0, Hq % H == 0),
-        lambda: f"{op}: query must have a multiple of the {H} KV heads; got {Hq} heads",
-    )
-    if facts is not None:
-        _check_float32(op, "facts", facts)
-        _check_contiguous_rows(op, "facts", facts)
-    torch._check(facts is not None or not redundancy, lambda: f"{op}: redundancy must be False without facts; got True")
-    if positions is not None:
-        _check_type(op, "positions", positions, torch.int32)
-        _check_contiguous_rows(op, "positions", positions)
-    if query_weights is not None:
-        _check_sizes(op, "query_weights", query_weights, [B, Q], "[B, Q]")
-        _check_float32(op, "query_weights", query_weights)
-    if carry is not None:
-        _check_sizes(op, "carry", carry, [B], "[B]")
-        _check_float32(op, "carry", carry)
-    if sees is not None:
-        _check_sizes(op, "sees", sees, [B, Q, Q], "[B, Q, Q]")
-        _check_type(op, "sees", sees, torch.bool)
-    if sinks is not None:
-        _check_sizes(op, "sinks", sinks, [Hq], "[Hq]")
-        _check_floating(op, "sinks", sinks)
-        _check_contiguous_rows(op, "sinks", sinks)
-    torch._check(softcap is None or softcap > 0, lambda: f"{op}: softcap must be above 0; got {softcap:g}")
-    _check_entry(op, query, [B, H], Dv, skipped_keys, skipped_values, skipped_count, lost)
-    written = {"facts": facts, "lost": lost}
-    read = {"keys": keys, "values": values, "positions": positions, "query_weights": query_weights, "carry": carry}
-    read |= {"sees": sees, "sinks": sinks, "head_layout": head_layout, "skipped_keys": skipped_keys}
-    read |= {"skipped_values": skipped_values, "skipped_count": skipped_count}
-    for name, tensor in {**written, **read}.items():
-        if tensor is not None:
-            _check_same_device(op, name, tensor, "query", query)
-    for name, tensor in written.items():
-        if tensor is not None:
-            _check_written(op, name, tensor)
-
-
-def _check_entry(
-    op: str,
-    query: Tensor,
-    heads: list,
-    Dv: int,
-    skipped_keys: Tensor | None,
-    skipped_values: Tensor | None,
-    skipped_count: Tensor | None,
-    lost: Tensor | None,
-) -> None:
-    given = {x is not None for x in (skipped_keys, skipped_values, skipped_count)}
-    torch._check(
-        len(given) == 1,
-        lambda: f"{op}: skipped_keys, skipped_values and skipped_count must be given together; got some of them",
-    )
-    torch._check(
-        skipped_keys is not None or lost is None,
-        lambda: f"{op}: lost must be given with skipped_keys only; got it alone",
-    )
-    if skipped_keys is None:
-        return
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    for name, tensor, sizes, shape, dtype in (
-        ("skipped_keys", skipped_keys, [*heads, query.shape[3]], "[B, H, D]", wide),
-        ("skipped_values", skipped_values, [*heads, Dv], "[B, H, Dv]", wide),
-        ("skipped_count", skipped_count, heads, "[B, H]", torch.int32),
-        ("lost", lost, heads, "[B, H]", torch.float32),
-    ):
-        if tensor is not None:
-            _check_sizes(op, name, tensor, sizes, shape)
-            _check_type(op, name, tensor, dtype)
-            _check_contiguous(op, name, tensor)
-
-
 def _equal(sizes, others):
     return sym_and(*(size == other for size, other in zip(sizes, others, strict=True)))
 
@@ -234,6 +104,7 @@ def _check_rank(op: str, name: str, tensor: Tensor, rank: int, shape: str) -> No
 
 
 def _check_sizes(op: str, name: str, tensor: Tensor, sizes: list, shape: str) -> None:
+    _check_given(op, name, tensor)
     torch._check(
         tensor.dim() == len(sizes) and _equal(tensor.shape, sizes),
         lambda: f"{op}: {name} must be {shape} = {list(sizes)}; got sizes {list(tensor.shape)}",
@@ -248,17 +119,6 @@ def _check_contiguous(op: str, name: str, tensor: Tensor) -> None:
     torch._check(
         tensor.is_contiguous(), lambda: f"{op}: {name} must be contiguous; got strides {list(tensor.stride())}"
     )
-
-
-def _check_written(op: str, name: str, tensor: Tensor) -> None:
-    for dim in range(tensor.dim()):
-        torch._check(
-            sym_or(tensor.numel() == 0, tensor.shape[dim] <= 1, tensor.stride(dim) != 0),
-            lambda: (
-                f"{op}: {name} must not overlap itself in memory, it is written to; "
-                f"got strides {list(tensor.stride())}; call .clone()"
-            ),
-        )
 
 
 def _check_floating(op: str, name: str, tensor: Tensor) -> None:
@@ -287,6 +147,14 @@ def _check_contiguous_rows(op: str, name: str, tensor: Tensor) -> None:
             "call .contiguous()"
         ),
     )
+
+
+def _check_like_query(op: str, name: str, tensor: Tensor, query: Tensor) -> None:
+    torch._check(
+        tensor.dtype == query.dtype,
+        lambda: f"{op}: {name} must have the type of query, {_name(query.dtype)}; got {_name(tensor.dtype)}",
+    )
+    _check_contiguous_rows(op, name, tensor)
 
 
 def check_no_overlap(op: str, written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from .checks import (
+    _check_contiguous,
     _check_contiguous_rows,
     _check_floating,
-    _check_given,
+    _check_like_query,
     _check_rank,
     _check_same_device,
-    _equal,
+    _check_sizes,
+    _check_type,
     _multiple_of_heads,
-    _name,
     check_no_overlap,
 )
 
@@ -40,23 +41,23 @@ def check_decode_attention(given: dict) -> None:
     _check_rank(OP, "new_keys", new_keys, 4, "[B, H, 1, D]")
     _check_rank(OP, "new_values", new_values, 4, "[B, H, 1, Dv]")
     (B, Hq, _, D), H, Dv = query.shape, new_keys.shape[1], new_values.shape[3]
-    _check_sizes("query", query, [B, Hq, 1, D], "[B, Hq, 1, D]")
-    _check_sizes("new_keys", new_keys, [B, H, 1, D], "[B, H, 1, D]")
-    _check_sizes("new_values", new_values, [B, H, 1, Dv], "[B, H, 1, Dv]")
+    _check_sizes(OP, "query", query, [B, Hq, 1, D], "[B, Hq, 1, D]")
+    _check_sizes(OP, "new_keys", new_keys, [B, H, 1, D], "[B, H, 1, D]")
+    _check_sizes(OP, "new_values", new_values, [B, H, 1, Dv], "[B, H, 1, Dv]")
     torch._check(
         _multiple_of_heads(Hq, H), lambda: f"{OP}: query must have a multiple of the {H} KV heads; got {Hq} heads"
     )
     _check_contiguous_rows(OP, "query", query)
     for name in ("new_keys", "new_values"):
-        _check_like_query(name, tensors[name], query)
+        _check_like_query(OP, name, tensors[name], query)
     _check_slots(tensors, B, H, D, Dv)
     _check_entry(tensors, B, H, D, Dv)
     for name in ("valid", "protected"):
         if tensors[name] is not None:
-            _check_sizes(name, tensors[name], [B], "[B]")
-            _check_type(name, tensors[name], torch.bool)
+            _check_sizes(OP, name, tensors[name], [B], "[B]")
+            _check_type(OP, name, tensors[name], torch.bool)
     if (sinks := tensors["sinks"]) is not None:
-        _check_sizes("sinks", sinks, [Hq], "[Hq]")
+        _check_sizes(OP, "sinks", sinks, [Hq], "[Hq]")
         _check_floating(OP, "sinks", sinks)
         _check_contiguous_rows(OP, "sinks", sinks)
     length, sink_tokens, recent_tokens = given["length"], given["sink_tokens"], given["recent_tokens"]
@@ -87,18 +88,18 @@ def _check_slots(tensors: dict[str, Tensor | None], B: int, H: int, D: int, Dv: 
     )
     sizes = {"keys": [*slots, D], "values": [*slots, Dv], "facts": [4, *slots], "positions": slots}
     for name, expected in sizes.items():
-        _check_sizes(name, tensors[name], expected, SLOTS[name][shape])
+        _check_sizes(OP, name, tensors[name], expected, SLOTS[name][shape])
     if layout is not None:
-        _check_sizes("head_layout", layout, [H, 4], "[H, 4]")
-        _check_type("head_layout", layout, torch.int32)
-        _check_contiguous("head_layout", layout)
+        _check_sizes(OP, "head_layout", layout, [H, 4], "[H, 4]")
+        _check_type(OP, "head_layout", layout, torch.int32)
+        _check_contiguous(OP, "head_layout", layout)
     for name in ("keys", "values"):
-        _check_like_query(name, tensors[name], query)
+        _check_like_query(OP, name, tensors[name], query)
     for name, dtype in (("facts", torch.float32), ("positions", torch.int32)):
-        _check_type(name, tensors[name], dtype)
+        _check_type(OP, name, tensors[name], dtype)
         _check_contiguous_rows(OP, name, tensors[name])
-    _check_sizes("seen", tensors["seen"], [B], "[B]")
-    _check_type("seen", tensors["seen"], torch.int32)
+    _check_sizes(OP, "seen", tensors["seen"], [B], "[B]")
+    _check_type(OP, "seen", tensors["seen"], torch.int32)
 
 
 def _check_entry(tensors: dict[str, Tensor | None], B: int, H: int, D: int, Dv: int) -> None:
@@ -117,32 +118,6 @@ def _check_entry(tensors: dict[str, Tensor | None], B: int, H: int, D: int, Dv: 
         "lost": ([B, H], "[B, H]", torch.float32),
     }
     for name, (sizes, shape, dtype) in rules.items():
-        _check_sizes(name, tensors[name], sizes, shape)
-        _check_type(name, tensors[name], dtype)
-        _check_contiguous(name, tensors[name])
-
-
-def _check_sizes(name: str, tensor: Tensor, sizes: list[int], shape: str) -> None:
-    _check_given(OP, name, tensor)
-    torch._check(
-        tensor.dim() == len(sizes) and _equal(tensor.shape, sizes),
-        lambda: f"{OP}: {name} must be {shape} = {sizes}; got sizes {list(tensor.shape)}",
-    )
-
-
-def _check_type(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    torch._check(tensor.dtype == dtype, lambda: f"{OP}: {name} must be {_name(dtype)}; got {_name(tensor.dtype)}")
-
-
-def _check_contiguous(name: str, tensor: Tensor) -> None:
-    torch._check(
-        tensor.is_contiguous(), lambda: f"{OP}: {name} must be contiguous; got strides {list(tensor.stride())}"
-    )
-
-
-def _check_like_query(name: str, tensor: Tensor, query: Tensor) -> None:
-    torch._check(
-        tensor.dtype == query.dtype,
-        lambda: f"{OP}: {name} must have the type of query, {_name(query.dtype)}; got {_name(tensor.dtype)}",
-    )
-    _check_contiguous_rows(OP, name, tensor)
+        _check_sizes(OP, name, tensors[name], sizes, shape)
+        _check_type(OP, name, tensors[name], dtype)
+        _check_contiguous(OP, name, tensors[name])

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators in plain torch: the specification. Kernels match it bit for bit; those of attention, whose sums are
-those of float64 here, approach it.
+"""The operators in plain torch: the specification. Kernels match it bit for bit, but for attention, whose sums are
+those of float64 here.
 
 Letters, here and everywhere: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``Hq = H * G``, ``Q`` new
 queries, ``S`` tokens seen, ``D`` head dimension. A score says how much attention a token got; the larger stays.
@@ -14,14 +14,7 @@ from torch import Tensor
 
 from .reference_chunk import chunk_attention_
 
-__all__ = [
-    "accumulate_scores_",
-    "chunk_attention_",
-    "decode_attention_",
-    "rank",
-    "sum_skipped",
-    "truncate",
-]
+__all__ = ["accumulate_scores_", "chunk_attention_", "decode_attention_", "rank", "sum_skipped", "truncate"]
 
 SUM_SEGMENTS = 16
 """Runs of tokens that the skipped entry is summed over, see :func:`sum_skipped`."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .checks import check_accumulate_scores, check_chunk_attention, check_truncate
+from .checks import check_accumulate_scores, check_truncate
+from .chunk_checks import check_chunk_attention
 from .decode_checks import check_decode_attention
 from .load import BUILD
 from .refusals import register as register_refusals
@@ -16,8 +17,8 @@ truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
 decode_attention_ = torch.ops.fsdc.decode_attention_.default
 chunk_attention_ = torch.ops.fsdc.chunk_attention_.default
-OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_", "chunk_attention_")  # in the order of csrc/ops.cpp
 CPU_ONLY = ("decode_attention_", "chunk_attention_")
+OPERATORS = ("truncate", "accumulate_scores_", *CPU_ONLY)  # in the order of csrc/ops.cpp
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
@@ -48,9 +49,10 @@ def _(*args, **kwargs) -> Tensor:
 
 
 @torch.library.register_fake("fsdc::chunk_attention_")
-def _(query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, **options) -> Tensor:
-    check_chunk_attention(query, keys, values, **options)
-    return query.new_empty((*query.shape[:3], values.shape[-1]))
+def _(*args, **kwargs) -> Tensor:
+    given = _by_name(torch.ops.fsdc.chunk_attention_.default, args, kwargs)
+    check_chunk_attention(given)
+    return given["query"].new_empty((*given["query"].shape[:3], given["values"].shape[-1]))
 
 
 def _by_name(operator, args: tuple, kwargs: dict) -> dict:

@@ -54,6 +54,15 @@ TEST_CASE("accumulate_scores_ writes in place") {
   CHECK(scores.equal(at::full({1, 2, 3}, 0.5 + 2 * 5, device)));
 }
 
+TEST_CASE("chunk_attention_ attends and votes") {
+  const at::Tensor keys = at::zeros({1, 1, 3, 4}), values = at::arange(3, at::kFloat).view({1, 1, 3, 1});
+  const at::Tensor facts = at::zeros({4, 1, 1, 3});
+  const at::Tensor query = at::ones({1, 2, 2, 4});  // sees two tokens, then three
+  const at::Tensor output = fsdc::chunk_attention_(query, keys, values, 1.0, {.facts = facts});
+  CHECK(at::allclose(output, at::tensor({0.5f, 1.0f}).view({1, 1, 2, 1}).expand({1, 2, 2, 1})));
+  CHECK(at::allclose(facts[0].view(-1), at::tensor({5.0f / 3, 5.0f / 3, 2.0f / 3})));
+}
+
 TEST_CASE("decode_attention_ attends, counts votes and evicts") {
   const auto ints = at::TensorOptions(at::kInt);
   fsdc::Slots slots{.keys = at::zeros({1, 1, 3, 4}),
@@ -101,15 +110,6 @@ TEST_CASE("decode_attention_ with heads of their own, an entry and all options")
   CHECK(slots.positions.equal(at::tensor({0, 0, 0, 0, 0, 9, -1, 1, 9, -1}, ints).view({2, 5})));
   CHECK(slots.skipped_count->equal(at::tensor({0, 0, 1, 1}, ints).view({2, 2})));
   CHECK(slots.seen.equal(at::tensor({9, 10}, ints)));
-}
-
-TEST_CASE("chunk_attention_ attends and votes") {
-  const at::Tensor keys = at::zeros({1, 1, 3, 4}), values = at::arange(3, at::kFloat).view({1, 1, 3, 1});
-  const at::Tensor facts = at::zeros({4, 1, 1, 3});
-  const at::Tensor query = at::ones({1, 2, 2, 4});  // sees two tokens, then three
-  const at::Tensor output = fsdc::chunk_attention_(query, keys, values, 1.0, {.facts = facts});
-  CHECK(at::allclose(output, at::tensor({0.5f, 1.0f}).view({1, 1, 2, 1}).expand({1, 2, 2, 1})));
-  CHECK(at::allclose(facts[0].view(-1), at::tensor({5.0f / 3, 5.0f / 3, 2.0f / 3})));
 }
 
 TEST_CASE("a bad argument throws and says what came") {
