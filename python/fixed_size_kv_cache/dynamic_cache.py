@@ -123,7 +123,10 @@ class FixedSizeDynamicCache(BaseCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, FixedSizeLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
-        if value_states.dtype != key_states.dtype:  # under autocast keys come rotated in float32, values do not
+        if value_states.dtype != key_states.dtype and torch.is_autocast_enabled(key_states.device.type):
+            # Keys come rotated in float32; attention would round them, and does so for the stock cache.
+            key_states = key_states.to(value_states.dtype)
+        if value_states.dtype != key_states.dtype:
             if torch.promote_types(key_states.dtype, value_states.dtype) != key_states.dtype:
                 raise TypeError(
                     f"update: values must have the type of keys, {key_states.dtype}, or a narrower one; got "

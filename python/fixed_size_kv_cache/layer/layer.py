@@ -212,6 +212,8 @@ class FixedSizeLayer(DynamicLayer):
 
     def finish(self, stage: Stage, query: Tensor, rule: LogitRule) -> Tensor:
         """:meth:`attend` for new tokens whose mask has been read."""
+        if query.dtype != self.dtype:  # under autocast
+            query = query.to(self.dtype)
         if self.record_past:
             output = attention.attend(
                 query, stage.all_keys, stage.all_values, self._visibility(stage), rule, self.skipped
