@@ -31,7 +31,7 @@ def _seeded():
 
 @pytest.fixture(params=["fused", "plain"])
 def path(request, monkeypatch) -> str:
-    """The steps of a cache by the operators, and in plain torch as they are on CUDA and as the operators are held to."""
+    """Steps by the operators, and in plain torch: as they are on CUDA, and as the operators are held to."""
     from fixed_size_kv_cache.layer import chunk, decode
 
     if request.param == "plain":
