@@ -19,10 +19,14 @@ extern const ChunkAttentionLoops kChunkAttentionLoops;
 namespace avx512 {
 extern const ChunkAttentionLoops kChunkAttentionLoops;
 }
+namespace amx {
+extern const ChunkAttentionLoops kChunkAttentionLoops;
+}
 #endif
 
 const ChunkAttentionLoops& chunk_attention_loops([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
+  if (isa >= Isa::kAmx) return amx::kChunkAttentionLoops;
   if (isa >= Isa::kAvx512) return avx512::kChunkAttentionLoops;
   if (isa >= Isa::kAvx2) return avx2::kChunkAttentionLoops;
 #endif
@@ -33,7 +37,7 @@ void chunk_attention(const ChunkAttentionParams& params, const Parallel& paralle
   const int64_t rows = params.batch * params.heads;
   if (rows == 0 || params.queries == 0) return;
   const ChunkAttentionLoops& loops = chunk_attention_loops(isa);
-  const ChunkPlan plan(params);
+  const ChunkPlan plan(params, isa >= Isa::kAmx);
   const int64_t attending = rows * plan.units, comparing = rows * plan.compared_units;
   std::vector<ChunkUnit> found(attending);
   std::unique_ptr<float[]> votes;

@@ -16,7 +16,7 @@ struct ChunkPlan {
   static constexpr int64_t kLanesPerBlock = 64;
   static constexpr int64_t kTokensPerBlock = 64;  // keys and values are taken so many at a time
 
-  explicit ChunkPlan(const ChunkAttentionParams& params) {
+  explicit ChunkPlan(const ChunkAttentionParams& params, bool has_tiles = false) {
     constexpr int64_t kMostBlocks = 8, kUnits = 16;
     const int64_t rows = params.batch * params.heads;
     tokens = params.held + params.queries;
@@ -32,6 +32,14 @@ struct ChunkPlan {
     if (params.redundancy) {  // a block of products, and a vector for each token
       numbers = std::max(numbers, logits_at + kTokensPerBlock * kLanesPerBlock + 16 * kTokensPerComparison);
     }
+    tiles = has_tiles && params.dtype == DType::kBFloat16 && params.keys.dim > 0 && params.keys.dim % 32 == 0 &&
+            params.values.dim > 0 && params.values.dim % 16 == 0;
+    pairs_at = turned_values_at = numbers;
+    if (tiles) {
+      const int64_t whole_tokens = divided(tokens, kTokensPerBlock) * kTokensPerBlock;
+      turned_values_at = pairs_at + whole_tokens / 2 * kLanesPerBlock;
+      numbers = turned_values_at + whole_tokens * params.values.dim / 2;
+    }
     compared_units = params.redundancy ? divided(tokens, kTokensPerComparison) : 0;
   }
 
@@ -44,6 +52,9 @@ struct ChunkPlan {
   int64_t outputs_at;
   int64_t lanes_at;
   int64_t logits_at;
+  bool tiles;  // products are those of tiles of bfloat16, see chunk_attention_tiles.inc
+  int64_t pairs_at;
+  int64_t turned_values_at;
   int64_t numbers;  // floats (doubles for fp64) of memory that a thread needs
 
   static constexpr int64_t kLaneFacts = 8;

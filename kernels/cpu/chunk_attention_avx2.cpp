@@ -15,6 +15,9 @@ namespace {
 }  // namespace
 #include "kernels/cpu/chunk_attention.inc"
 
+extern const ChunkAttentionLoops kChunkAttentionLoops;
+const ChunkAttentionLoops kChunkAttentionLoops = {attend, add_votes, compare};
+
 }  // namespace fsdc::cpu::avx2
 
 FSDC_END_TARGET

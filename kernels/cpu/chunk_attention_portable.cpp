@@ -10,4 +10,7 @@ namespace {
 }  // namespace
 #include "kernels/cpu/chunk_attention.inc"
 
+extern const ChunkAttentionLoops kChunkAttentionLoops;
+const ChunkAttentionLoops kChunkAttentionLoops = {attend, add_votes, compare};
+
 }  // namespace fsdc::cpu::portable

@@ -13,6 +13,7 @@ enum class Isa {
   kPortable,  // any processor: SSE2 on x86-64, NEON on 64-bit Arm
   kAvx2,      // with BMI, POPCNT, FMA and F16C
   kAvx512,    // F, BW, DQ and VL
+  kAmx,       // tiles of bfloat16, and AVX512_BF16
 };
 
 const char* name_of(Isa isa);

@@ -25,3 +25,5 @@
 // What isa.cpp asks the processor for.
 #define FSDC_BEGIN_AVX2 FSDC_BEGIN_TARGET("avx2,bmi,popcnt,fma,f16c")
 #define FSDC_BEGIN_AVX512 FSDC_BEGIN_TARGET("avx2,bmi,popcnt,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define FSDC_BEGIN_AMX \
+  FSDC_BEGIN_TARGET("avx2,bmi,popcnt,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")

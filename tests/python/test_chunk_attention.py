@@ -112,7 +112,7 @@ def check(arguments):
     return output
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def isa(request):
     best = _C.cpu_isa()
     if not _C.use_cpu_isa(request.param):

@@ -11,7 +11,7 @@ from inputs import FLOATING, assert_all_same_bits, assert_same_bits, hostile_sco
 from fixed_size_kv_cache import _C, reference
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "portable"])
 def isa(request):
     best = _C.cpu_isa()
     if not _C.use_cpu_isa(request.param):
