@@ -168,6 +168,49 @@ EDITS = [
         "",
         (GPU_SIZES,),
     ),
+    Edit(
+        "clusters are planned that find no room on the device",
+        "kernels/cuda/truncate/plan.h",
+        "std::min(device.largest_cluster, kMostInCluster)",
+        "kMostInCluster",
+        ("fsdc_simt_plain: truncate: clusters no larger than fit on the device",),
+    ),
+    Edit(
+        "elements are read from addresses between two of them",
+        "kernels/cuda/truncate/truncate.cuh",
+        "  if (!are_aligned(params, launched.access)) return cudaErrorMisalignedAddress;\n",
+        "",
+        ("fsdc_simt_plain: truncate: addresses that no element can have are refused",),
+    ),
+    Edit(
+        "blocks of more than three warps are summed wrongly, as those of 512 threads that ship",
+        "kernels/cuda/block.cuh",
+        "lane_index() < warp_index() ? slot : 0",
+        "lane_index() < min(warp_index(), 2) ? slot : 0",
+        ("fsdc_simt_plain: truncate: every plan",),
+    ),
+    # ---- argument rules ----------------------------------------------------------------------------------------------
+    Edit(
+        "of tensors that overlap themselves only a stride of 0 is seen",
+        "csrc/overlap.h",
+        "overlaps |= strides[dim] <= reach;",
+        "overlaps |= strides[dim] == 0;",
+        ("fsdc_op_tests: what is written shares memory with nobody, itself included",),
+    ),
+    Edit(
+        "an argument that begins within what is written is not seen",
+        "csrc/overlap.h",
+        "ranges[i].end <= ranges[j].begin || ranges[j].end <= ranges[i].begin",
+        "ranges[i].begin != ranges[j].begin",
+        ("fsdc_op_tests: what is written shares memory with nobody, itself included",),
+    ),
+    Edit(
+        "fake tensors: of those that overlap themselves only a stride of 0 is seen",
+        "python/fixed_size_kv_cache/operators/checks.py",
+        "apart &= stride > reach",
+        "apart &= stride != 0",
+        ("tests/python/test_unusual_tensors.py::test_scores_do_not_overlap_themselves",),
+    ),
     # ---- scores and eviction -----------------------------------------------------------------------------------------
     Edit(
         "old scores decay once in every block of queries of a chunk",

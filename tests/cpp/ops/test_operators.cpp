@@ -117,3 +117,16 @@ TEST_CASE("a bad argument throws and says what came") {
   CHECK_THROWS_WITH(fsdc::truncate(keys, keys, at::ones({1, 2, 3}), 0),
                     "truncate: cache_size must be at least 1; got 0");
 }
+
+TEST_CASE("what is written shares memory with nobody, itself included") {
+  const at::Tensor memory = at::zeros({64}), weights = at::ones({1, 4, 2, 3});
+  const auto accumulate = [&](at::Tensor scores, const at::Tensor& from) { fsdc::accumulate_scores_(scores, from); };
+  CHECK_THROWS_WITH(accumulate(memory.as_strided({1, 2, 3}, {6, 2, 1}), weights),
+                    "accumulate_scores_: scores must not overlap itself in memory, it is written to; got strides "
+                    "[6, 2, 1]; call .clone()");
+  const at::Tensor scores = memory.as_strided({1, 2, 3}, {6, 3, 1}, 20);
+  CHECK_THROWS_WITH(accumulate(scores, memory.as_strided({1, 4, 2, 3}, {24, 6, 3, 1}, 25)),
+                    "accumulate_scores_: scores must share no memory with other arguments, it is written to; got one "
+                    "that overlaps weights; call .clone()");
+  accumulate(scores, memory.as_strided({1, 4, 2, 3}, {24, 6, 3, 1}, 26));
+}
