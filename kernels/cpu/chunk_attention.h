@@ -52,7 +52,7 @@ struct ChunkPlan {
   int64_t outputs_at;
   int64_t lanes_at;
   int64_t logits_at;
-  bool tiles;  // products are those of tiles of bfloat16, see chunk_attention_tiles.inc
+  bool tiles;  // products are those of tiles of bfloat16, see chunk_tiles.inc
   int64_t pairs_at;
   int64_t turned_values_at;
   int64_t numbers;  // floats (doubles for fp64) of memory that a thread needs

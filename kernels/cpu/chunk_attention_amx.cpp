@@ -15,7 +15,7 @@ namespace {
 }  // namespace
 #include "kernels/cpu/chunk_attention.inc"
 //
-#include "kernels/cpu/chunk_attention_tiles.inc"
+#include "kernels/cpu/chunk_tiles.inc"
 
 extern const ChunkAttentionLoops kChunkAttentionLoops;
 const ChunkAttentionLoops kChunkAttentionLoops = {attend_with_tiles, add_votes, compare_with_tiles};
