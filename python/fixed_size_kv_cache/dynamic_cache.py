@@ -274,7 +274,7 @@ class FixedSizeDynamicCache(BaseCache):
             )
         if key_states.shape[2] != columns:
             raise ValueError(
-                f"cache_truncate: key_states must have the {columns} columns that update() returned; "
+                f"cache_truncate: key_states must have the {columns} tokens that update() returned; "
                 f"got sizes {list(key_states.shape)}"
             )
         if stage.new is None:  # not our own forward

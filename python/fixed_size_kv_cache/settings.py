@@ -84,6 +84,11 @@ class FixedSizeCacheConfig:
         """Tokens that are held, N: ``cache_size``, less the entry of the skipped ones."""
         return self.cache_size - 1 if self.include_skipped else self.cache_size
 
+    @property
+    def prefill_chunk_size(self) -> int:
+        """Tokens of a long prompt that generate() of an enabled model reads at a time, unless told otherwise."""
+        return max(512, self.cache_size)
+
     def _check_switches(self) -> None:
         for name in ("value_weight", "include_skipped", "free_memory"):
             if not isinstance(getattr(self, name), bool):

@@ -16,7 +16,7 @@ GPU_SIZES = "fsdc_simt_plain: accumulate_scores: sizes and types"
 EVICTION = "tests/python/test_eviction.py::"
 STATE = "tests/python/test_layer_state.py::"
 MODES = "tests/python/test_modes.py::"
-PADDED = MODES + "test_a_padded_row_is_its_solo_run[True-18]"
+PADDED = MODES + "test_a_padded_row_is_its_solo_run[plain-True-18]"
 
 
 class Edit(NamedTuple):
@@ -217,7 +217,7 @@ EDITS = [
         "python/fixed_size_kv_cache/layer/chunk.py",
         "carry if start == 0 else None",
         "carry",
-        (EVICTION + "test_a_chunk_of_several_blocks_decays_old_scores_once",),
+        (EVICTION + "test_a_chunk_of_several_blocks_decays_old_scores_once[plain]",),
     ),
     Edit(
         "NaN goes after the protected tokens",
@@ -280,8 +280,8 @@ EDITS = [
     Edit(
         "prompts come in chunks beside an assistant",
         "python/fixed_size_kv_cache/huggingface/generate_hook.py",
-        "if forgets or assisted or not",
-        "if forgets or not",
+        "        or assisted\n",
+        "",
         (MODES + "test_while_an_assistant_is_active_prompts_are_read_in_one_piece",),
     ),
     # ---- attention ---------------------------------------------------------------------------------------------------

@@ -29,6 +29,17 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(params=["fused", "plain"])
+def path(request, monkeypatch) -> str:
+    """Steps by the operators, and in plain torch: as they are on CUDA, and as the operators are held to."""
+    from fixed_size_kv_cache.layer import chunk, decode
+
+    if request.param == "plain":
+        monkeypatch.setattr(decode, "is_fused", lambda settings, device: False)
+        monkeypatch.setattr(chunk, "attend_fused", chunk.attend_plain)
+    return request.param
+
+
 @pytest.fixture
 def fsdc(monkeypatch, capsys) -> Callable[..., str]:
     """The command line, from its entry point on: what it writes to stdout."""

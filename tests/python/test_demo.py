@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``fsdc demo``: what it prints, in a terminal and not, and that its figures are the committed ones."""
 
+import functools
 import io
 import json
 import re
@@ -12,11 +13,23 @@ from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
 from fixed_size_kv_cache.cli import app as cli
+from fixed_size_kv_cache.cli import demo as cli_demo
 from fixed_size_kv_cache.cli import demo_view
 from fixed_size_kv_cache.recall import contest
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--length", "160", "--cache-size", "24")
+
+
+@functools.cache
+def table(sizes: tuple[int, ...], length: int, seed: int) -> list:
+    return list(contest.compare(list(sizes), length, seed))
+
+
+@pytest.fixture
+def one_table(monkeypatch):
+    """Computes the table once for all tests of how it is shown; it is the same every time, as another test knows."""
+    monkeypatch.setattr(cli_demo, "compare", lambda sizes, length, seed: table(tuple(sizes), length, seed))
 
 
 def demo(*arguments: str) -> str:
@@ -25,7 +38,7 @@ def demo(*arguments: str) -> str:
     return done.stdout
 
 
-def test_plain_lines_where_there_is_no_terminal():
+def test_plain_lines_where_there_is_no_terminal(one_table):
     said = demo("--task", "recency", *SHORT)
     questions = re.findall(
         r"^word (\d+): what is the code of \w+ \? (\d\d) .*full cache: (\d\d) yes", said, re.MULTILINE
@@ -44,14 +57,14 @@ def in_a_terminal(monkeypatch, **size: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_live_in_a_terminal(fsdc, monkeypatch):
+def test_live_in_a_terminal(fsdc, one_table, monkeypatch):
     in_a_terminal(monkeypatch, COLUMNS="120")
     said = fsdc("demo", *SHORT)
     assert "\x1b[?25l" in said and "\x1b[?25h" in said  # the cursor goes, and comes back
     assert "A small LLaMA reads 160 words" in said and "sliding window" in said
 
 
-def test_plain_lines_in_a_small_terminal(fsdc, monkeypatch):
+def test_plain_lines_in_a_small_terminal(fsdc, one_table, monkeypatch):
     in_a_terminal(monkeypatch, COLUMNS="60", LINES="12")
     said = fsdc("demo", *SHORT)
     assert "A small LLaMA reads" not in said and re.search(r"^word \d+: what is", said, re.MULTILINE)

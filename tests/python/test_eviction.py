@@ -163,7 +163,7 @@ def test_chunks_score_as_their_tokens_one_by_one(settings):
                 torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_a_chunk_of_several_blocks_decays_old_scores_once():
+def test_a_chunk_of_several_blocks_decays_old_scores_once(path):
     """Queries are worked off 128 at a time; however many blocks there are, the tokens go in the order of one by one."""
     x = torch.randn(1, 8, 345, 4)
     chunks, singles = (FixedSizeDynamicCache(cache_size=305, sink_tokens=0, recent_tokens=0) for _ in range(2))

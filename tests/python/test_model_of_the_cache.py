@@ -43,7 +43,10 @@ class Row:
             self.seen += real
         for h, held in enumerate(self.heads):
             for q, position in enumerate(positions):
-                if position is None:
+                if position is None:  # padding: in a chunk it attends as in transformers, and does not vote
+                    if len(valid) > 1 and held:
+                        for g in range(G):
+                            self.attend(held, query[h * G + g, q], output[h * G + g, q])
                     continue
                 held[position] = Token(position, keys[h, q], values[h, q])
                 for token in held.values():
@@ -53,11 +56,17 @@ class Row:
                 for token in held.values():
                     token.score *= settings.score_decay
                 for g in range(G):
-                    logits = torch.stack([token.key @ query[h * G + g, q] * SCALE for token in held.values()])
-                    for token, weight in zip(held.values(), logits.softmax(0), strict=True):
+                    weights = self.attend(held, query[h * G + g, q], output[h * G + g, q])
+                    for token, weight in zip(held.values(), weights, strict=True):
                         token.score += weight.item()
-                        output[h * G + g, q] += weight * token.value
         return output
+
+    def attend(self, held, query, output) -> torch.Tensor:
+        """Adds the attention of one query to ``output`` ``[D]``, and returns its weights."""
+        weights = torch.stack([token.key @ query * SCALE for token in held.values()]).softmax(0)
+        for token, weight in zip(held.values(), weights, strict=True):
+            output += weight * token.value
+        return weights
 
     def evict(self, settings) -> None:
         for held in self.heads:

@@ -80,7 +80,7 @@ class Follow:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-def test_in_narrower_types_it_errs_no_more_than_stock_attention(mode, dtype):
+def test_in_narrower_types_it_errs_no_more_than_stock_attention(mode, dtype, path):
     """Against the same weights in float64, over all steps; all runs choose the tokens that float64 would."""
     model, ids = tiny_llama(dtype), tokens(1, 20)
     exact = copy.deepcopy(model).double()
@@ -138,7 +138,7 @@ def test_while_an_assistant_is_active_prompts_are_read_in_one_piece():
         assert read[0] >= 20 and read_by_assistant[0] == 20
         read.clear()
         run(model, ids)
-    assert read[:4] == [5] * 4
+    assert read[:3] == [5] * 3 and max(read) == 5  # before transformers 5 the last token comes alone
 
 
 @pytest.mark.parametrize("full_ids", [True, False])
@@ -188,7 +188,7 @@ def test_a_second_turn_in_chunks_is_refused():
 
 @pytest.mark.parametrize("cache_size", [64, 12, 18])  # 18: fewer than the columns, more than the tokens of row 1
 @pytest.mark.parametrize("include_skipped", [False, True])
-def test_a_padded_row_is_its_solo_run(cache_size, include_skipped):
+def test_a_padded_row_is_its_solo_run(cache_size, include_skipped, path):
     """An empty slot that a token takes, or that a chunk drops, is no evicted token: none enters the skipped entry."""
     model, ids, mask, pads = tiny_llama(), tokens(3, 20), torch.ones(3, 20, dtype=torch.long), 6
     ids[1, :pads], mask[1, :pads] = 0, 0

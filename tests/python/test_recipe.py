@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+import transformers
 from llamas import GREEDY, assert_held_within, feed, held_positions, new_cache, recipe, tiny_llama, tokens
 from processes import run_program
 from stories import load_model, needs_stories
@@ -177,6 +178,7 @@ def test_pads_in_the_middle_are_the_solo_run(cache_size):
         assert held_positions(layer) == held_positions(other)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "AttentionInterface"), reason="its masks show all columns, and raise")
 @pytest.mark.parametrize("include_skipped", [False, True])
 def test_what_a_mask_says_of_older_tokens_is_not_read(include_skipped):
     """Once something is evicted its columns belong to nobody: only those of the new tokens count."""
@@ -194,6 +196,18 @@ def test_what_a_mask_says_of_older_tokens_is_not_read(include_skipped):
                 )
     for one, other in zip(logits[:12], logits[12:], strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(hasattr(transformers, "AttentionInterface"), reason="its masks show the columns of what is held")
+def test_a_mask_of_all_columns_that_hides_what_was_read_raises():
+    model, ids = tiny_llama(), tokens(2, 21)
+    with recipe(), torch.no_grad():
+        cache = new_cache(model, 12)
+        model(ids[:, :20], past_key_values=cache)
+        mask = torch.ones(2, 21, dtype=torch.long)
+        mask[:, :20] = 0
+        with pytest.raises(ValueError, match="attention_mask must show new tokens all 20 tokens"):
+            model(ids[:, 20:], attention_mask=mask, position_ids=torch.tensor([[20], [20]]), past_key_values=cache)
 
 
 @pytest.mark.parametrize("include_skipped", [False, True])

@@ -98,7 +98,7 @@ def enable(
     """
     model = unwrap(model_or_pipeline)
     made = read_settings("enable", settings, _with_size(cache_size, fields))
-    chunk = max(512, made.cache_size) if prefill_chunk_size is None else prefill_chunk_size
+    chunk = made.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"enable: prefill_chunk_size must be a whole number of at least 1; got {chunk!r}")
     check_config(model.config)

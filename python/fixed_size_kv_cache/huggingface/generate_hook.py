@@ -119,8 +119,8 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
                 "transformers"
             )
         return
-    cap, cache_size = enabled(model), model_kwargs[CACHE_NAME].settings.cache_size
-    chunk = max(512, cache_size) if cap is None else cap.prefill_chunk_size
+    cap, settings = enabled(model), model_kwargs[CACHE_NAME].settings
+    chunk = settings.prefill_chunk_size if cap is None else cap.prefill_chunk_size
     forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
     if (
         forgets
