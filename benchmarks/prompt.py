@@ -68,7 +68,7 @@ def main() -> None:
             model, case = llama(kv_heads, dtype), f"{name}, {str(dtype).removeprefix('torch.')}"
             results[case] = []
             for S in LENGTHS:
-                point = measure(model, S, max(1, rounds if S < 4096 else rounds // 2))
+                point = measure(model, S, rounds if S < 4096 else 2)
                 results[case].append(point)
                 shares = ", ".join(f"{size} {share:.2f}x" for size, share in point["of_stock"].items())
                 stock = point["times"]["stock, sdpa"]["median_us"] / 1e3
