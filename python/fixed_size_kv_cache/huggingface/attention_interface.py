@@ -19,7 +19,7 @@ from ..layer.handoff import HANDOFF
 from .causes import why_foreign_cache
 from .marks import NAME
 
-UNKNOWN = {"position_bias", "indices", "block_indices", "cache"}  # arguments that change the result of other attention
+UNKNOWN = ("position_bias", "indices", "block_indices", "cache")  # arguments that change the result of other attention
 
 
 def fsdc_attention(
@@ -42,8 +42,8 @@ def fsdc_attention(
             f'{_name(module)}: output_attentions must be False with "fsdc"; got True; call disable(model) and use '
             '"eager"'
         )
-    for argument in UNKNOWN & kwargs.keys():
-        if kwargs[argument] is not None:
+    for argument in UNKNOWN:
+        if kwargs.get(argument) is not None:
             raise NotImplementedError(
                 f'{_name(module)}: {argument} must be None, "fsdc" knows no such attention; call disable(model)'
             )
