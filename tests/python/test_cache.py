@@ -129,7 +129,7 @@ def test_weights_of_another_step_are_refused_and_nothing_is_lost():
     query = torch.ones(1, 4, 3, 4)
     with pytest.raises(ValueError, match="3 queries and 3 columns"):
         cache.cache_truncate(0, query, keys, torch.ones(1, 4, 3, 2))
-    with pytest.raises(ValueError, match="key_states must have the 3 columns"):
+    with pytest.raises(ValueError, match="key_states must have the 3 tokens"):
         cache.cache_truncate(0, query, keys[:, :, 1:])
     with pytest.raises(ValueError, match="query_states must be"):
         cache.cache_truncate(0, query[:, :, 1:], keys)
