@@ -49,6 +49,16 @@ class Skipped(NamedTuple):
         n = count.clamp(min=1)[..., None]
         return self.keys / n, self.values / n, count.log()
 
+    def as_arguments(self) -> dict[str, Tensor | bool]:
+        """As ``decode_attention_`` and ``chunk_attention_`` take it."""
+        return {
+            "skipped_keys": self.keys,
+            "skipped_values": self.values,
+            "skipped_count": self.count,
+            "lost": self.lost,
+            "skipped_mean": self.mode == "mean",
+        }
+
     def add(self, keys: Tensor, values: Tensor, evicted: Tensor) -> None:
         """Adds the tokens ``[B, H, S, D]`` where ``evicted`` ``[B, H, S]`` says so."""
         for total, rows in ((self.keys, keys), (self.values, values)):

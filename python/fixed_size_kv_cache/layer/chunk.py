@@ -40,16 +40,7 @@ def attend_fused(
     skipped: Skipped | None,
 ) -> Tensor:
     """:func:`attend` in one pass over the logits."""
-    every, entry = join(slots, stage), {}
-    if skipped is not None:
-        keys, values, count, lost, mode = skipped
-        entry = {
-            "skipped_keys": keys,
-            "skipped_values": values,
-            "skipped_count": count,
-            "lost": lost,
-            "skipped_mean": mode == "mean",
-        }
+    every, entry = join(slots, stage), {} if skipped is None else skipped.as_arguments()
     weights, carry = score_rule.query_weights(stage.valid_or_all(), settings.score_decay)
     output = chunk_attention_(
         query,

@@ -41,16 +41,7 @@ def attend_fused(
     rule: LogitRule,
 ) -> Tensor:
     """:func:`attend` by ``torch.ops.fsdc.decode_attention_``, to which an empty entry is no entry."""
-    T, entry = stage.held, {}
-    if slots.skipped is not None:
-        keys, values, count, lost, mode = slots.skipped
-        entry = {
-            "skipped_keys": keys,
-            "skipped_values": values,
-            "skipped_count": count,
-            "lost": lost,
-            "skipped_mean": mode == "mean",
-        }
+    T, entry = stage.held, {} if slots.skipped is None else slots.skipped.as_arguments()
     output = decode_attention_(
         query,
         stage.keys,
