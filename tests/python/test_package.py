@@ -4,6 +4,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,10 +17,14 @@ from typer.testing import CliRunner
 
 import fixed_size_kv_cache
 from fixed_size_kv_cache import _C
-from fixed_size_kv_cache.cli import app as cli
+from fixed_size_kv_cache.cli import info
 from fixed_size_kv_cache.compat import versions as _versions
+from fixed_size_kv_cache.layer import chunk
+from fixed_size_kv_cache.layer.layer import FixedSizeLayer
 from fixed_size_kv_cache.operators import load as _load
 from fixed_size_kv_cache.operators import register as _operators
+from fixed_size_kv_cache.settings import POLICIES, FixedSizeCacheConfig
+from fsdc_command.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,29 +140,98 @@ def test_the_tested_versions_of_transformers_are_those_of_the_pins():
 
 
 def test_version():
-    result = CliRunner().invoke(cli.app, ["--version"])
+    result = CliRunner().invoke(app, ["--version"])
     assert result.exit_code == 0 and result.stdout == f"fsdc {fixed_size_kv_cache.__version__}\n"
 
 
 def test_warnings_are_one_line_without_our_code():
-    command = "import warnings; from fixed_size_kv_cache.cli import app as cli"
-    command += "; cli.app = lambda **_: warnings.warn('so it\\n is')"
-    said = subprocess.run([sys.executable, "-c", f"{command}; cli.main()"], capture_output=True, text=True, check=True)
+    command = "import warnings, fsdc_command.app; fsdc_command.app.app = lambda **_: warnings.warn('so it\\n is')"
+    command += "; fsdc_command.main()"
+    said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
     assert said.stderr == "fsdc: so it is\n"
 
 
+QUESTIONS = [["--help"], ["--version"], ["generate", "--help"], ["generate", "--cache-size", "0"], ["perplexity"]]
+
+
+@pytest.mark.parametrize("arguments", QUESTIONS, ids=" ".join)
+def test_what_needs_no_torch_does_not_load_it(arguments):
+    code = f"""
+import sys, fsdc_command
+sys.argv = ["fsdc", *{arguments}]
+try:
+    fsdc_command.main()
+except SystemExit as end:
+    heavy = {{"torch", "transformers", "numpy", "fixed_size_kv_cache"}} & sys.modules.keys()
+    print("ended with", end.code, "and", *sorted(heavy))
+"""
+    assert re.search(r"^ended with [02] and$", run_python(code), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["info", "demo", "generate --prompt x", "perplexity --prompt x"])
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_an_interrupt_while_modules_are_imported_is_quiet(module, command, tmp_path):
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); raise SystemError")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    code = "import fsdc_command; fsdc_command.main()"
+    ended = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr.strip()) == (130, b"", b"")
+
+
 def test_info():
-    result = CliRunner().invoke(cli.app, ["info"])
+    result = CliRunner().invoke(app, ["info"])
     assert result.exit_code == 0
     for word in (fixed_size_kv_cache.__version__, torch.__version__, _C.cpu_isa(), "torch.ops.fsdc.truncate"):
         assert word in result.stdout
+
+
+def test_info_has_one_line_for_each_fact_however_long(monkeypatch):
+    long = ["a GPU with a name of its own"] * 9
+    monkeypatch.setattr(info, "collect", lambda: {"one": "x" * 500, "CUDA devices": long})
+    monkeypatch.setenv("COLUMNS", "40")
+    said = CliRunner().invoke(app, ["info"]).stdout
+    assert said.splitlines() == ["one           " + "x" * 500, "CUDA devices  " + ", ".join(long)]
 
 
 def test_info_as_json():
     said = subprocess.run(
         [sys.executable, "-m", "fixed_size_kv_cache", "info", "--json"], capture_output=True, text=True, check=True
     ).stdout
-    assert json.loads(said) == cli.collect()
+    assert json.loads(said) == info.collect()
+
+
+def test_info_says_what_computes_the_steps_of_a_layer(monkeypatch):
+    """As the layer itself decides it, and not by rules of its own."""
+    said = CliRunner().invoke(app, ["info", "--verbose"]).stdout
+    facts = dict(re.split("  +", line, maxsplit=1) for line in said.splitlines())
+    assert set(map("torch.ops.fsdc.{}".format, _operators.OPERATORS)) < facts.keys()
+    assert facts["decode step on cpu"] == (
+        "policy attention: fused, decode_attention_; policy streaming or random: plain torch, accumulate_scores_"
+    )
+    assert facts["decode step on cuda"] == "plain torch, accumulate_scores_"
+    assert facts["chunk step on cpu"] == "fused, chunk_attention_; then truncate"
+    monkeypatch.setattr(chunk, "is_fused", lambda device: device.type == "cuda")
+    assert info.steps()["chunk step on cuda"] == "fused, chunk_attention_; then truncate"
+    assert info.steps()["chunk step on cpu"] == "plain torch, accumulate_scores_; then truncate"
+    for policy in POLICIES:  # a layer says the same of itself
+        layer = FixedSizeLayer(FixedSizeCacheConfig(cache_size=8, policy=policy))
+        layer.load(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))
+        (path,) = re.findall(rf"policy [^:]*{policy}[^:]*: (\w+)", facts["decode step on cpu"])
+        assert path == layer.decode_path
+
+
+def test_the_instruction_set_of_each_operator():
+    best = _C.cpu_isa()
+    try:
+        for isa in ("amx", "avx512", "avx2", "portable"):
+            if _C.use_cpu_isa(isa):
+                found = {name: _C.cpu_isa_of(name) for name in _operators.OPERATORS}
+                lower = {"amx": "avx512"}.get(isa, isa)  # tiles multiply matrices, which one operator does
+                assert found == dict.fromkeys(found, lower) | {"chunk_attention_": isa}
+    finally:
+        _C.use_cpu_isa(best)
+    with pytest.raises(IndexError):
+        _C.cpu_isa_of("no_such")
 
 
 def test_both_builds_compile_the_same_folders():
