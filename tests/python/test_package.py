@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The package around the operators: import, build, versions, command line."""
 
+import ast
 import importlib.metadata
 import importlib.util
 import json
@@ -234,12 +235,77 @@ def test_the_instruction_set_of_each_operator():
         _C.cpu_isa_of("no_such")
 
 
+def test_completion_finds_what_is_not_loaded_yet():
+    code = """
+import fixed_size_kv_cache as package
+print("enable" in vars(package), {*package.__all__} - {*dir(package)}, package.reference.truncate.__name__)
+"""
+    assert run_python(code) == "False set() truncate"
+
+
+def test_the_names_for_type_checkers_are_those_that_are_loaded():
+    tree = ast.parse(Path(fixed_size_kv_cache.__file__).read_text())
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    assert all(alias.asname == alias.name for node in typed.body for alias in node.names)  # so they are exported
+    found = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert found == {"reference": None, **fixed_size_kv_cache._HUGGING_FACE}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed: pip install -e '.[test]'")
+def test_a_program_of_a_user_is_type_checked(tmp_path):
+    program = """
+from fixed_size_kv_cache import FixedSizeDynamicCache, enable
+cache = FixedSizeDynamicCache(cache_size=24)
+with enable(object(), cache_size=24) as handle:
+    reveal_type(handle.prefill_chunk_size + cache.nbytes)
+"""
+    assert check_types(tmp_path, program) == ['Revealed type is "int"']
+    assert check_types(tmp_path, program.replace("cache_size=24)", "cache_size='24')", 2)) == [
+        'Argument "cache_size" to "enable" has incompatible type "str"; expected "int | None"',
+        'Revealed type is "int"',
+    ]
+    misspelt, *_ = check_types(tmp_path, program.replace(", enable", ", enabled"))
+    assert misspelt == 'Module "fixed_size_kv_cache" has no attribute "enabled"; maybe "enable"?'
+
+
+def check_types(folder: Path, program: str) -> list[str]:
+    """What mypy says. The types of torch and transformers are not ours, and reading them takes minutes."""
+    (folder / "program.py").write_text(program)
+    (folder / "mypy.ini").write_text("[mypy]\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary", "program.py"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    return [re.sub(r"^program\.py:\d+: \w+: (.*?)(?:  \[[\w-]+\])?$", r"\1", line) for line in done.stdout.splitlines()]
+
+
 def test_both_builds_compile_the_same_folders():
     folders = {"csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp"}
     folders |= {"kernels/cpu/*.cpp", "kernels/cuda/*.cu", "kernels/cuda/*/*.cu"}
     for file in ("setup.py", "CMakeLists.txt"):
         named = set(re.findall(r"(?:csrc|kernels)/[\w/*]*\*\.\w+", (ROOT / file).read_text()))
         assert named == folders, file
+
+
+def test_the_build_does_not_warn_of_numpy():
+    """torch does where there is none, as in the new environment that a user builds in."""
+    code = f"""
+import sys
+sys.modules["numpy"] = None  # as if it were not installed
+if sys.argv[1:] == ["torch"]:
+    import torch
+else:
+    import setuptools
+    setuptools.setup = lambda **what: print(*what)
+    sys.path.insert(0, {str(ROOT)!r})
+    import setup
+"""
+    said = [
+        subprocess.run([sys.executable, "-c", code, what], capture_output=True, text=True, check=True)
+        for what in ("torch", "setup")
+    ]
+    assert "Failed to initialize NumPy" in said[0].stderr
+    assert said[1].stderr == "" and "ext_modules" in said[1].stdout
 
 
 @pytest.mark.parametrize(

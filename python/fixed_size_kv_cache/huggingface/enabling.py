@@ -18,7 +18,7 @@ from .marks import Cap
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
 
-class Enabled(contextlib.AbstractContextManager):
+class Enabled(contextlib.AbstractContextManager["Enabled"]):
     """What ``enable`` returns: one cap of a model, which ends with the block or with :meth:`disable`, whatever other
     blocks begin or end meanwhile, in whatever thread. It does not keep the model alive."""
 
@@ -122,7 +122,7 @@ def disable(model_or_pipeline: Any) -> None:
     marks.remove(unwrap(model_or_pipeline))
 
 
-class Default(contextlib.AbstractContextManager):
+class Default(contextlib.AbstractContextManager["Default"]):
     """What ``as_default`` returns. At its end the models that it has enabled are as before."""
 
     def __init__(self, settings: FixedSizeCacheConfig, prefill_chunk_size: int | None) -> None:
