@@ -36,10 +36,34 @@ from .handed_over import Given, cache_of
 from .marks import NAME, RUNNING, enabled, enabled_with
 
 REMEDY = f"pass {CACHE_NAME}=FixedSizeDynamicCache(config=model.config), or nothing"
+OTHER_CACHE = (
+    f'generate: the cache of a model with "{NAME}" attention must be a FixedSizeDynamicCache or an empty DynamicCache; '
+    "got {}; {}, or call disable(model)"
+)
 TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids", CACHE_NAME}
 
 
 DEFAULTS: list[Callable[[Any], None]] = []  # what as_default has set: functions that enable a model; the last counts
+
+
+def _is_capped(model: Any) -> bool:
+    """Whether the cache of a model must be one of ours."""
+    cap = enabled(model)
+    return cap.has_effect if cap is not None else text_config(model.config)._attn_implementation == NAME
+
+
+def _check_kind(model: Any, generation_config: Any) -> None:
+    """Before transformers makes a cache: what it would make, or be given, that cannot be one of ours."""
+    asked_for = generation_config.cache_implementation
+    if asked_for is not None and ("offloaded" in asked_for or "quantized" in asked_for):
+        raise TypeError(OTHER_CACHE.format(f"cache_implementation={asked_for!r}", "leave it away"))
+    tuned = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # PEFT sets it meanwhile
+    kind = str(getattr(getattr(tuned, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
+    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise NotImplementedError(
+            f"generate: every token of the cache must have been read by the model; got {kind} of PEFT, which brings "
+            "virtual ones in a cache of its own; call disable(model)"
+        )
 
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
@@ -68,10 +92,7 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
     elif type(cache) is not DynamicCache:
         asked_for = generation_config.cache_implementation
         remedy = REMEDY if asked_for is None else f"leave cache_implementation={asked_for!r} away"
-        raise TypeError(
-            f'generate: the cache of a model with "{NAME}" attention must be a FixedSizeDynamicCache or an empty '
-            f"DynamicCache; got a {type(cache).__name__}; {remedy}, or call disable(model)"
-        )
+        raise TypeError(OTHER_CACHE.format(f"a {type(cache).__name__}", remedy))
     else:
         legacy.adopt_empty(cache, FixedSizeDynamicCache(config=model.config, settings=_settings(model)))
     assisted = is_assisted(generation_config, arguments)
@@ -159,9 +180,11 @@ def _install() -> None:
         if enabled(self) is None:
             for enable in DEFAULTS[-1:]:
                 enable(self)
+        is_capped = _is_capped(self)
+        if is_capped:
+            _check_kind(self, generation_config)
         result = original(self, generation_config, model_kwargs, *args, **kwargs)
-        cap = enabled(self)
-        if cap.has_effect if cap is not None else text_config(self.config)._attn_implementation == NAME:
+        if is_capped:
             _prepare(self, generation_config, model_kwargs, (*args, *kwargs.values()))
         return result
 
@@ -169,6 +192,23 @@ def _install() -> None:
 
     for name in ("_sample", "_beam_search", "_assisted_decoding"):
         setattr(GenerationMixin, name, _with_history(getattr(GenerationMixin, name)))
+    GenerationMixin.init_continuous_batching = _without_our_models(GenerationMixin.init_continuous_batching)
+
+
+def _without_our_models(original: Callable) -> Callable:
+    """Of continuous batching, which would switch to another attention where there is one, and go on with a cache that
+    is not capped."""
+
+    @functools.wraps(original)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_capped(self):
+            raise NotImplementedError(
+                "generate_batch: continuous batching has a paged cache of its own, which cannot be capped; got an "
+                f"enabled {type(self).__name__}; call disable(model), or generate() with a padded batch"
+            )
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
 
 
 def _with_history(original: Callable) -> Callable:
