@@ -151,13 +151,20 @@ def test_virtual_tokens_in_a_stock_cache_train_as_before():
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_prefix_tuning_of_peft():
-    peft = pytest.importorskip("peft")
+def test_prefix_tuning_of_peft_trains_and_is_evaluated():
+    peft = pytest.importorskip("peft", exc_type=ImportError)
     model, ids = tiny_llama(torch.float32), tokens(2, 12)
     tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
     expected = tuned(input_ids=ids, labels=ids).loss
     with enable(tuned, 12):
         torch.testing.assert_close(tuned(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            for use_cache in (None, False):
+                loss = tuned(input_ids=ids, labels=ids, use_cache=use_cache).loss
+                torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+            virtual = tuned.get_prompt(batch_size=2)
+            with pytest.raises(RuntimeError, match=r"must be a FixedSizeDynamicCache.*got 7 keys for 1 queries"):
+                model(ids[:, :1], past_key_values=virtual)  # a step, whose cache would go on to grow
 
 
 class Wrapper(torch.nn.Module):

@@ -191,7 +191,7 @@ def test_virtual_tokens_of_peft(kind):
         if kind == "PromptTuningConfig":
             assert torch.equal(tuned.generate(input_ids=ids, max_new_tokens=5), expected)
             return
-        with pytest.raises(NotImplementedError, match="got PREFIX_TUNING of PEFT, which brings virtual"):
+        with pytest.raises(NotImplementedError, match="got prefix tuning of PEFT, which brings virtual"):
             tuned.generate(input_ids=ids, max_new_tokens=5)
         assert tuned.get_base_model().generate(ids, max_new_tokens=5).shape == (1, 25)  # without the prefix it may
 

@@ -71,6 +71,11 @@ def rotates_by_length(config: Any) -> bool:
     return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
+def is_prefix_tuning(peft_config: Any) -> bool:
+    """Whether PEFT brings keys and values that no token made, in a cache of its own."""
+    return str(getattr(peft_config, "peft_type", "")).rpartition(".")[2] in ("PREFIX_TUNING", "CARTRIDGE")
+
+
 def check_model(model: Any) -> None:
     """Raises NotImplementedError where a model's attention does not go through transformers' AttentionInterface."""
     check_config(model.config)

@@ -17,7 +17,7 @@ from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import legacy
-from ..compat.capability import check_made_for, rotates_by_length, text_config
+from ..compat.capability import check_made_for, is_prefix_tuning, rotates_by_length, text_config
 from ..compat.transformers import (
     CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
@@ -58,11 +58,10 @@ def _check_kind(model: Any, generation_config: Any) -> None:
     if asked_for is not None and ("offloaded" in asked_for or "quantized" in asked_for):
         raise TypeError(OTHER_CACHE.format(f"cache_implementation={asked_for!r}", "leave it away"))
     tuned = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # PEFT sets it meanwhile
-    kind = str(getattr(getattr(tuned, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
-    if kind in ("PREFIX_TUNING", "CARTRIDGE"):
+    if is_prefix_tuning(getattr(tuned, "active_peft_config", None)):
         raise NotImplementedError(
-            f"generate: every token of the cache must have been read by the model; got {kind} of PEFT, which brings "
-            "virtual ones in a cache of its own; call disable(model)"
+            "generate: every token of the cache must have been read by the model; got prefix tuning of PEFT, which "
+            "brings virtual ones in a cache of its own; call disable(model)"
         )
 
 
