@@ -83,17 +83,21 @@ def test_a_loop_without_no_grad():
 # ---- models with ways of their own -----------------------------------------------------------------------------------
 
 
+def tiny_phi3(eos_token_id: int | None = None):
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=eos_token_id, pad_token_id=0, sliding_window=None,
+        original_max_position_embeddings=32, max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.Phi3ForCausalLM(config).eval().double()
+
+
 @pytest.mark.parametrize("own_cache", [False, True])
 @pytest.mark.parametrize("start", [28, 50])
 def test_phi3_drops_its_cache_in_the_middle_of_a_text(own_cache, start):
     """Past ``original_max_position_embeddings`` all is read anew; ours goes on as stock does, and capped."""
-    torch.manual_seed(0)
-    config = transformers.Phi3Config(
-        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0, sliding_window=None,
-        original_max_position_embeddings=32, max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
-    model = transformers.Phi3ForCausalLM(config).eval().double()
+    model = tiny_phi3()
     ids, options = tokens(1, start), dict(FEW, max_new_tokens=20)
     expected = model.generate(ids, **options)
     for size in (200, 12):
@@ -108,6 +112,24 @@ def test_phi3_drops_its_cache_in_the_middle_of_a_text(own_cache, start):
         assert out.sequences.shape == (1, start + 20)
         if size == 200:
             assert torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("size", [200, 12])
+def test_phi3_drops_its_cache_while_tokens_may_be_taken_back(size):
+    model, ids = tiny_phi3(eos_token_id=99), tokens(1, 20)
+    options = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    expected = model.generate(ids, prompt_lookup_num_tokens=3, **options).sequences
+    assert expected.shape[1] == 60
+    with enable(model, size), torch.no_grad():
+        out = model.generate(ids, prompt_lookup_num_tokens=3, **options)
+        cache = out.past_key_values
+        assert size == 12 or torch.equal(out.sequences, expected)
+        assert out.sequences.shape[1] in (60, 61)  # before transformers 5 a last candidate too many may be accepted
+        assert_held_within(cache, size)
+        assert all(layer.recorded is None for layer in cache.layers) and not cache.is_past_checked
+        model(ids[:, :5], past_key_values=cache)  # and evicts from here on
+        assert_held_within(cache, size)
+        assert all(layer.recorded is None for layer in cache.layers)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "windows"])

@@ -17,12 +17,11 @@ from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import legacy
-from ..compat.capability import check_made_for, is_prefix_tuning, rotates_by_length, text_config
+from ..compat.capability import check_made_for, is_prefix_tuning, reads_in_one_piece, text_config
 from ..compat.transformers import (
     CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
     CHUNKS_FORGET_PADDING,
-    CHUNKS_FORGET_STATE,
     DynamicCache,
     is_assisted,
     prompt_length,
@@ -141,10 +140,9 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
         return
     cap, settings = enabled(model), model_kwargs[CACHE_NAME].settings
     chunk = settings.prefill_chunk_size if cap is None else cap.prefill_chunk_size
-    forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
     if (
-        forgets
-        or rotates_by_length(model.config)
+        naive
+        or reads_in_one_piece(model.config)
         or assisted
         or not _is_text_only(model_kwargs)
         or generation_config.compile_config is not None
@@ -227,9 +225,10 @@ def _with_history(original: Callable) -> Callable:
             given.remember(result if isinstance(result, Tensor) else result.sequences)
             return result
         finally:
+            for used in (cache, RUNNING.cache):
+                if used is not None:
+                    used.is_past_checked = False
             RUNNING.model, RUNNING.cache = before
-            if cache is not None:
-                cache.is_past_checked = False
 
     is_assisted_loop = original.__name__ == "_assisted_decoding"
     return generate

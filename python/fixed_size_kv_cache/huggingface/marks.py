@@ -42,7 +42,7 @@ class Running(threading.local):
     """What this thread is generating."""
 
     model: Any = None
-    cache: Any = None  # the cache that it began with
+    cache: Any = None  # the cache that it began with, or that came in its place
 
 
 RUNNING = Running()
