@@ -357,11 +357,14 @@ class FixedSizeDynamicCache(BaseCache):
 
     def __repr__(self) -> str:
         own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
-        size = self.settings.cache_size
+        name, size = type(self).__name__, self.settings.cache_size
+        if self.layers and not own:
+            return f"{name}({self.get_seq_length()} tokens seen, nothing capped: all layers are transformers' own)"
         if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return f"{type(self).__name__}(cache_size={size})"  # to ask the device would break the capture
-        seen = own[0].get_seq_length() if own else 0
-        return f"{type(self).__name__}({min(seen, size)} of {seen} tokens held, cache_size={size})"
+            return f"{name}(cache_size={size})"  # to ask the device would break the capture
+        held, seen = (own[0].tokens_held + own[0].tokens_recorded, own[0].tokens_seen) if own else (0, 0)
+        where = "" if len(own) == len(self.layers) else f" by {len(own)} of {len(self.layers)} layers"
+        return f"{name}({held} of {seen} tokens held{where}, cache_size={size})"
 
     def _filled_layer(self, layer_idx: int) -> FixedSizeLayer:
         layer = self._own_layer(layer_idx)

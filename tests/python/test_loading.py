@@ -25,9 +25,9 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache.cli import app as cli
 from fixed_size_kv_cache.cli import load_model as loading
 from fixed_size_kv_cache.recall import MODEL
+from fsdc_command.app import app
 
 PROMPT = "the code of maple is 47 ."  # 7 tokens
 WORDS = 212
@@ -36,7 +36,7 @@ SMALL = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_atte
 
 
 def run(model: str | Path, *arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, ["generate", "--model", str(model), "--prompt", PROMPT, *arguments])
+    return CliRunner().invoke(app, ["generate", "--model", str(model), "--prompt", PROMPT, *arguments])
 
 
 def refusal(*arguments) -> str:
