@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import legacy
 from .compat.capability import check_config, check_layers
-from .compat.transformers import SHOWS_PADDING_EVERYTHING, BaseCache, DynamicLayer, init_cache
+from .compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, init_cache
+from .contents import CacheContents
 from .layer.attention import LogitRule
 from .layer.handoff import HANDOFF
 from .layer.layer import FixedSizeLayer
@@ -24,7 +25,7 @@ from .settings import FixedSizeCacheConfig, read_settings
 __all__ = ["FixedSizeDynamicCache"]
 
 
-class FixedSizeDynamicCache(BaseCache):
+class FixedSizeDynamicCache(CacheContents):
     """A ``DynamicCache`` that holds at most ``cache_size`` tokens per layer and KV head.
 
     Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.layer.score_rule`.
@@ -37,7 +38,8 @@ class FixedSizeDynamicCache(BaseCache):
             the linear ones of hybrid models.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         **fields: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
-            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
+            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``static``,
+            ``policy``.
         protected_spans: parts of the text that are never evicted, ``[(start, stop), ...]``: half-open positions of real
             tokens (padding is not counted), one list for all rows or one per row.
 
@@ -220,7 +222,7 @@ class FixedSizeDynamicCache(BaseCache):
         """Whether generate() may compile the decode step where it compiles those of static caches."""
         for layer in self.layers:
             if isinstance(layer, FixedSizeLayer):
-                layer.is_compileable = allowed
+                layer.allow_compilation(allowed)
 
     @classmethod
     def from_legacy_cache(cls, cache: Any = None, layer_idx: int | None = None) -> "FixedSizeDynamicCache":
@@ -301,81 +303,6 @@ class FixedSizeDynamicCache(BaseCache):
         if self.settings.free_memory:
             self._free_memory(layer_idx, stage.queries)
         return held
-
-    @property
-    def key_cache(self) -> legacy.HeldTensors:
-        """The keys held, a sequence over the layers; the last entry is the sum of the evicted ones, if kept."""
-        return legacy.HeldTensors(self, 0)
-
-    @property
-    def value_cache(self) -> legacy.HeldTensors:
-        """The values held, as :attr:`key_cache`."""
-        return legacy.HeldTensors(self, 1)
-
-    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        return self.key_cache[layer_idx], self.value_cache[layer_idx]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self[i] for i in range(len(self.layers)))
-
-    def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The keys and values held, as a tuple per layer. Scores and positions are not in it."""
-        return tuple(self)
-
-    def get_held_tokens(self, layer_idx: int = 0) -> Tensor:
-        """How many tokens each KV head of a layer holds, int64 ``[B, H]``."""
-        return (self._filled_layer(layer_idx).slots.tokens.positions >= 0).sum(-1)
-
-    def get_positions(self, layer_idx: int = 0) -> Tensor:
-        """Which tokens a layer holds, int32 ``[B, H, T]`` in the order of ``key_cache``: how many real tokens came
-        before each in its row, -1 where padding left a slot empty."""
-        layer = self._filled_layer(layer_idx)
-        return layer.slots.read(layer.tokens_held).positions.clone()
-
-    def lost_attention(self, layer_idx: int = 0) -> Tensor:
-        """The share of the last step's attention that went to evicted tokens, float32 ``[B, H]`` from 0 to 1.
-
-        It is measured on the entry of the evicted tokens, the mean over the queries of the step and the query heads of
-        each KV head.
-
-        Raises:
-            RuntimeError: without ``include_skipped``, since nothing is known of what was evicted then.
-        """
-        if not self.settings.include_skipped:
-            raise RuntimeError(
-                "lost_attention: the cache must keep the entry of the evicted tokens; got include_skipped=False; make "
-                "it with include_skipped=True"
-            )
-        return self._filled_layer(layer_idx).slots.skipped.lost.clone()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, on all devices; those of transformers' own layers included."""
-        stock = (layer for layer in self.layers if not isinstance(layer, FixedSizeLayer))
-        tensors = [x for layer in stock for x in vars(layer).values() if isinstance(x, Tensor)]
-        return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in self.layers if isinstance(x, FixedSizeLayer))
-
-    def __repr__(self) -> str:
-        own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
-        size = self.settings.cache_size
-        if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return f"{type(self).__name__}(cache_size={size})"  # to ask the device would break the capture
-        seen = own[0].get_seq_length() if own else 0
-        return f"{type(self).__name__}({min(seen, size)} of {seen} tokens held, cache_size={size})"
-
-    def _filled_layer(self, layer_idx: int) -> FixedSizeLayer:
-        layer = self._own_layer(layer_idx)
-        if not layer.is_initialized:
-            raise RuntimeError(f"layer {layer_idx} holds nothing yet; run the model first")
-        return layer
-
-    def _own_layer(self, layer_idx: int) -> FixedSizeLayer:
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if not isinstance(layer, FixedSizeLayer):
-            raise RuntimeError(
-                f"layer {layer_idx} must be one of ours that update() has filled; got {type(layer).__name__}"
-            )
-        return layer
 
     def _free_memory(self, layer_idx: int, queries: int) -> None:
         """Once per forward, after the last layer's compaction, never in a decode step or while a graph is captured."""
