@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import functools
+import os
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import legacy
-from .compat.capability import check_config, check_layers
+from . import legacy, saving
+from .compat.capability import check_config, check_layers, describe
 from .compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, init_cache
 from .contents import CacheContents
 from .layer.attention import LogitRule
@@ -93,6 +94,7 @@ class FixedSizeDynamicCache(CacheContents):
         self.keeps_recording = False  # the user asked for it, so generate() does not end it
         self.is_past_checked = False  # while generate() runs, which has looked at its mask at the start
         self.trained_positions = None if config is None else trained_positions(config)
+        self.made_for = None if config is None else describe(config)  # for saving
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "settings" and name in vars(self):
@@ -217,6 +219,39 @@ class FixedSizeDynamicCache(CacheContents):
                 layer.reset()
             else:  # not its own reset(): before 5.23 a window keeps its width
                 self.layers[i] = copy.deepcopy(self.stock_layers[i])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the cache to a file of safetensors, from which :meth:`load` makes it again, bit for bit: the next
+        logits, all later evictions, and what generate() checks of the text that was read.
+
+        The file takes the place of one of the same name when it is whole, so there is never half of one. It holds the
+        tokens that the cache holds, the settings, and the sizes of the model, not its weights.
+
+        Raises:
+            RuntimeError: in the midst of a step, and where tokens may be taken back (``activate_past_recording``).
+            ImportError: without the package safetensors.
+        """
+        saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: Any = None, device: torch.device | str | None = None
+    ) -> "FixedSizeDynamicCache":
+        """Makes the cache that :meth:`save` has written.
+
+        Args:
+            path: the file.
+            config: the config of the model that the cache was saved for, or the model: then it is checked that it fits.
+                Needed where layers have a sliding window or are linear.
+            device: where to put it. Default: where the model is, if one was given, else the CPU.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: for a file that ``save`` has not written or that was cut off, for one of a newer format, and
+                where the config is that of another model.
+            ImportError: without the package safetensors.
+        """
+        return saving.load(cls, path, config, device)
 
     def allow_compilation(self, allowed: bool) -> None:
         """Whether generate() may compile the decode step where it compiles those of static caches."""

@@ -97,6 +97,18 @@ def test_the_documented_way_to_ask():
     assert tokenizer.convert_ids_to_tokens(answers) == list(QUESTIONS.values())
 
 
+def test_the_documented_way_to_save(tmp_path, monkeypatch):
+    """The block of docs/huggingface.md, in a session of its own."""
+    (block,) = re.findall(
+        r"^```python\n(import torch\n.*?)^```$", read("docs/huggingface.md"), re.DOTALL | re.MULTILINE
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["cache"].get_seq_length() == 329
+    assert [path.name for path in tmp_path.iterdir()] == ["context.safetensors"]
+
+
 @pytest.fixture
 def server(model):
     """The address of a running server."""

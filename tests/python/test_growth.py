@@ -103,6 +103,7 @@ def test_static_has_its_full_size_at_once():
     assert addresses(cache) == at
 
 
+@pytest.mark.skipif(not hasattr(transformers, "AttentionInterface"), reason="there generate() compiles no steps")
 def test_steps_that_generate_compiles_have_the_full_size():
     cache = FixedSizeDynamicCache(config=tiny_llama().config, cache_size=SIZE)
     read(cache, 3)  # of the first of three layers
