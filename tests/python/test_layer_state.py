@@ -323,7 +323,7 @@ def test_a_compiled_step_is_one_graph(backend, include_skipped):
         return [x.data_ptr() for layer in cache.layers for x in layer.slots.tensors]
 
     with enable(model, cache_size=16), torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        cache, expected = (new_cache(model, 16, include_skipped=include_skipped) for _ in range(2))
+        cache, expected = (new_cache(model, 16, include_skipped=include_skipped, static=True) for _ in range(2))
         for each in (cache, expected):
             model(ids[:, :8], attention_mask=mask[:, :8], position_ids=positions[:, :8], past_key_values=each)
         before = addresses(cache)

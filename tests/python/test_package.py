@@ -305,7 +305,7 @@ else:
         for what in ("torch", "setup")
     ]
     assert "Failed to initialize NumPy" in said[0].stderr
-    assert said[1].stderr == "" and "ext_modules" in said[1].stdout
+    assert "NumPy" not in said[1].stderr and "ext_modules" in said[1].stdout
 
 
 @pytest.mark.parametrize(

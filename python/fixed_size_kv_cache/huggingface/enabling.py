@@ -72,7 +72,8 @@ def enable(
             a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a
             compiled generate() and for rotary embeddings that depend on the length come in one piece.
         **fields: ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
-            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
+            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``static``,
+            ``policy``.
 
     Returns:
         A handle: ``with enable(model): ...`` ends at the end of the block, ``handle.disable()`` at once. Of several the

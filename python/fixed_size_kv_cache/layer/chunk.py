@@ -127,8 +127,7 @@ def keep(slots: Slots, settings: FixedSizeCacheConfig, stage: Stage, every: Toke
             slots.skipped.add(every.keys, every.values, evicted)
         facts = every.facts.gather(3, kept.expand(FACTS, -1, -1, -1))
         every = Tokens(keys, values, facts, every.positions.gather(2, kept))
-    slots.write(0, every)
-    slots.empty(N)
+    slots.hold(every)
 
 
 def add_column_sums_(
