@@ -16,6 +16,7 @@ GPU_SIZES = "fsdc_simt_plain: accumulate_scores: sizes and types"
 EVICTION = "tests/python/test_eviction.py::"
 STATE = "tests/python/test_layer_state.py::"
 MODES = "tests/python/test_modes.py::"
+USES = "tests/python/test_uses.py::"
 PADDED = MODES + "test_a_padded_row_is_its_solo_run[plain-True-18]"
 
 
@@ -312,5 +313,62 @@ EDITS = [
         "wide = torch.float64 if query.dtype == torch.float64 else torch.float32",
         "wide = torch.float64 if query.dtype == torch.float64 else torch.bfloat16",
         (MODES + "test_in_narrower_types_it_errs_no_more_than_stock_attention",),
+    ),
+    # ---- generate() --------------------------------------------------------------------------------------------------
+    Edit(
+        "continuous batching goes on without us",
+        "python/fixed_size_kv_cache/huggingface/generate_hook.py",
+        "    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:\n        if _is_capped(self):",
+        "    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:\n        if False:",
+        (USES + "test_continuous_batching_is_refused",),
+    ),
+    Edit(
+        "an offloaded cache is made before it is refused",
+        "python/fixed_size_kv_cache/huggingface/generate_hook.py",
+        'if asked_for is not None and ("offloaded" in asked_for or "quantized" in asked_for):',
+        "if False:",
+        (USES + "test_caches_of_other_kinds_are_refused_before_they_are_made[offloaded]",),
+    ),
+    Edit(
+        "evaluation behind virtual tokens is taken for a foreign cache",
+        "python/fixed_size_kv_cache/huggingface/attention_interface.py",
+        'return is_trained or key.shape[2] - Q in prefix_lengths(getattr(module, "config", None))',
+        "return is_trained",
+        ("tests/python/test_causes.py::test_prefix_tuning_of_peft_trains_and_is_evaluated",),
+    ),
+    Edit(
+        "the cache that comes in the place of a dropped one records nothing",
+        "python/fixed_size_kv_cache/huggingface/own_cache.py",
+        "if cache.record_past:",
+        "if False:",
+        ("tests/python/test_causes.py::test_phi3_drops_its_cache_while_tokens_may_be_taken_back[12]",),
+    ),
+    Edit(
+        "that cache goes on recording after assisted decoding",
+        "python/fixed_size_kv_cache/huggingface/assisted.py",
+        "for cache in (given.cache, RUNNING.cache):",
+        "for cache in (given.cache,):",
+        ("tests/python/test_causes.py::test_phi3_drops_its_cache_while_tokens_may_be_taken_back[12]",),
+    ),
+    Edit(
+        "the command cuts a prompt whose rotation depends on its length",
+        "python/fixed_size_kv_cache/cli/generate.py",
+        "if reads_in_one_piece(model.config):",
+        "if False:",
+        ("tests/python/test_rope.py::test_the_command_reads_a_prompt_in_one_piece_too[None]",),
+    ),
+    Edit(
+        "a handle that has ended begins a block that caps nothing",
+        "python/fixed_size_kv_cache/huggingface/enabling.py",
+        "if model is None or not marks.holds(model, self._cap):",
+        "if False:",
+        ("tests/python/test_blocks.py::test_a_handle_that_has_ended_begins_no_block",),
+    ),
+    Edit(
+        "filler takes the room of the only question",
+        "python/fixed_size_kv_cache/recall/language.py",
+        "return bool(self.answers) or len(self) + FILLER + QUESTION <= length",
+        "return True",
+        ("tests/python/test_recall.py::test_the_shortest_texts_ask_something_too[zipf-122]",),
     ),
 ]

@@ -134,5 +134,5 @@ def test_without_network_the_hub_is_asked_once(monkeypatch):
     assert time.perf_counter() - began < 10
     assert done.exit_code == 1
     first, second = done.stderr.splitlines()
-    assert re.match(r"fsdc generate: http://127.0.0.1:9 does not answer \(.+\)$", first)
+    assert re.match(r"fsdc: http://127.0.0.1:9 does not answer \(.+\)$", first)
     assert second.startswith("fsdc generate: --model no/such-model: ") and "cached files" in second

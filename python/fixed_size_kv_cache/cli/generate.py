@@ -168,7 +168,7 @@ def run(
         Refused: for what cannot be done.
     """
     if not has_interface():
-        raise Refused(f"fsdc generate needs transformers>={OLDEST_INTERFACE}; before that use the recipe for LLaMA")
+        raise Refused(f"needs transformers>={OLDEST_INTERFACE}; before that use the recipe for LLaMA")
     from ..huggingface.enabling import enable
 
     with _said_in_words(cache_size), one_thread() if name is None else nullcontext():

@@ -90,7 +90,7 @@ def _hub_answers() -> bool:
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         return True
     except Exception as error:  # requests' or httpx's, as the version has it
-        print(f"fsdc generate: {constants.ENDPOINT} does not answer ({one_line(error)})", file=sys.stderr)
+        print(f"fsdc: {constants.ENDPOINT} does not answer ({one_line(error)})", file=sys.stderr)
         return False
 
 
