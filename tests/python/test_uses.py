@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
-from fixed_size_kv_cache import FixedSizeDynamicCache, enable
+from fixed_size_kv_cache import FixedSizeDynamicCache, as_default, enable
 from fixed_size_kv_cache.compat.transformers import CACHE_NAME
 from fixed_size_kv_cache.recall import MODEL
 
@@ -194,6 +194,8 @@ def test_virtual_tokens_of_peft(kind):
         with pytest.raises(NotImplementedError, match="got prefix tuning of PEFT, which brings virtual"):
             tuned.generate(input_ids=ids, max_new_tokens=5)
         assert tuned.get_base_model().generate(ids, max_new_tokens=5).shape == (1, 25)  # without the prefix it may
+    with as_default(LARGE), pytest.warns(UserWarning, match="keeps transformers' own cache: .* prefix tuning of PEFT"):
+        assert torch.equal(tuned.generate(input_ids=ids, max_new_tokens=5), expected)
 
 
 @pytest.mark.parametrize("name", ["offloaded", "quantized", "offloaded_static"])

@@ -150,6 +150,7 @@ class Default(contextlib.AbstractContextManager["Default"]):
             if self._enable not in generate_hook.DEFAULTS or self._enabled.get(model, self) is None:
                 return  # it has ended, or the model could not be capped
             try:
+                generate_hook.check_adapter(model)
                 handle = enable(model, settings=self.settings, prefill_chunk_size=self.prefill_chunk_size)
             except NotImplementedError as error:
                 handle = None

@@ -56,6 +56,11 @@ def _check_kind(model: Any, generation_config: Any) -> None:
     asked_for = generation_config.cache_implementation
     if asked_for is not None and ("offloaded" in asked_for or "quantized" in asked_for):
         raise TypeError(OTHER_CACHE.format(f"cache_implementation={asked_for!r}", "leave it away"))
+    check_adapter(model)
+
+
+def check_adapter(model: Any) -> None:
+    """Raises NotImplementedError where generate() of PEFT's prefix tuning runs this one."""
     tuned = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # PEFT sets it meanwhile
     if is_prefix_tuning(getattr(tuned, "active_peft_config", None)):
         raise NotImplementedError(
