@@ -18,10 +18,12 @@ _HUGGING_FACE = {
     "FixedSizeCacheConfig": "settings",
     "FixedSizeDynamicCache": "dynamic_cache",
     "FixedSizeLayer": "layer.layer",
+    "HeadProfile": "head_profile",
     "as_default": "huggingface.enabling",
     "disable": "huggingface.enabling",
     "enable": "huggingface.enabling",
     "perplexity": "huggingface.measuring",
+    "profile_heads": "huggingface.profiling",
 }
 
 __all__ = ["__version__", *_HUGGING_FACE]

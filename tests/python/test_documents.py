@@ -12,8 +12,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from fixed_size_kv_cache import dynamic_cache, settings
-from fixed_size_kv_cache.huggingface import enabling
+from fixed_size_kv_cache import dynamic_cache, head_profile, settings
+from fixed_size_kv_cache.huggingface import enabling, profiling
 from fixed_size_kv_cache.layer import score_rule
 from fixed_size_kv_cache.operators import reference
 from fixed_size_kv_cache.recall import MODEL
@@ -70,9 +70,17 @@ def test_readme_cpp_is_compiled():
 
 
 def test_docstring_examples():
-    for module, least in ((reference, 6), (dynamic_cache, 5), (settings, 1), (enabling, 7)):
+    for module, least in (
+        (reference, 6),
+        (dynamic_cache, 5),
+        (settings, 1),
+        (enabling, 7),
+        (head_profile, 2),
+        (profiling, 5),
+    ):
         names = {"torch": torch, "FixedSizeDynamicCache": dynamic_cache.FixedSizeDynamicCache}
         names |= {"enable": enabling.enable, "FixedSizeCacheConfig": settings.FixedSizeCacheConfig}
+        names |= {"HeadProfile": head_profile.HeadProfile, "profile_heads": profiling.profile_heads}
         result = doctest.testmod(module, extraglobs=names)
         assert result.attempted >= least
         assert result.failed == 0

@@ -138,6 +138,32 @@ def perplexity(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def profile(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, JSON.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub name; else the embedded model.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="A file to read instead of our own texts; may be repeated.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=64, help="Tokens of each text.")] = 600,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto: as saved.")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto: a GPU where there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how much each KV head of a model needs the whole text, and write it to a file."""
+    from . import profile as profiling
+    from .load_model import Refused
+
+    _quiet()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        profiling.run(model, output, text or [], length, dtype.value, device, as_json)
+    except Refused as error:
+        print(f"fsdc profile: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
 def _prompt(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:
     """The one prompt that was given."""
     if stdin not in (None, "-"):
