@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import functools
+import os
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import legacy
-from .compat.capability import check_config, check_layers
-from .compat.transformers import SHOWS_PADDING_EVERYTHING, BaseCache, DynamicLayer, init_cache
+from . import legacy, saving
+from .compat.capability import check_config, check_layers, describe
+from .compat.transformers import SHOWS_PADDING_EVERYTHING, DynamicLayer, init_cache
+from .contents import CacheContents
 from .layer.attention import LogitRule
 from .layer.handoff import HANDOFF
 from .layer.layer import FixedSizeLayer
@@ -24,7 +26,7 @@ from .settings import FixedSizeCacheConfig, read_settings
 __all__ = ["FixedSizeDynamicCache"]
 
 
-class FixedSizeDynamicCache(BaseCache):
+class FixedSizeDynamicCache(CacheContents):
     """A ``DynamicCache`` that holds at most ``cache_size`` tokens per layer and KV head.
 
     Those with the most accumulated attention stay, see :mod:`fixed_size_kv_cache.layer.score_rule`.
@@ -37,7 +39,8 @@ class FixedSizeDynamicCache(BaseCache):
             the linear ones of hybrid models.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         **fields: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
-            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``policy``.
+            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``static``,
+            ``policy``.
         protected_spans: parts of the text that are never evicted, ``[(start, stop), ...]``: half-open positions of real
             tokens (padding is not counted), one list for all rows or one per row.
 
@@ -91,6 +94,7 @@ class FixedSizeDynamicCache(BaseCache):
         self.keeps_recording = False  # the user asked for it, so generate() does not end it
         self.is_past_checked = False  # while generate() runs, which has looked at its mask at the start
         self.trained_positions = None if config is None else trained_positions(config)
+        self.made_for = None if config is None else describe(config)  # for saving
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "settings" and name in vars(self):
@@ -216,11 +220,44 @@ class FixedSizeDynamicCache(BaseCache):
             else:  # not its own reset(): before 5.23 a window keeps its width
                 self.layers[i] = copy.deepcopy(self.stock_layers[i])
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the cache to a file of safetensors, from which :meth:`load` makes it again, bit for bit: the next
+        logits, all later evictions, and what generate() checks of the text that was read.
+
+        The file takes the place of one of the same name when it is whole, so there is never half of one. It holds the
+        tokens that the cache holds, the settings, and the sizes of the model, not its weights.
+
+        Raises:
+            RuntimeError: in the midst of a step, and where tokens may be taken back (``activate_past_recording``).
+            ImportError: without the package safetensors.
+        """
+        saving.save(self, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: Any = None, device: torch.device | str | None = None
+    ) -> "FixedSizeDynamicCache":
+        """Makes the cache that :meth:`save` has written.
+
+        Args:
+            path: the file.
+            config: the config of the model that the cache was saved for, or the model: then it is checked that it fits.
+                Needed where layers have a sliding window or are linear.
+            device: where to put it. Default: where the model is, if one was given, else the CPU.
+
+        Raises:
+            FileNotFoundError: where there is no such file.
+            ValueError: for a file that ``save`` has not written or that was cut off, for one of a newer format, and
+                where the config is that of another model.
+            ImportError: without the package safetensors.
+        """
+        return saving.load(cls, path, config, device)
+
     def allow_compilation(self, allowed: bool) -> None:
         """Whether generate() may compile the decode step where it compiles those of static caches."""
         for layer in self.layers:
             if isinstance(layer, FixedSizeLayer):
-                layer.is_compileable = allowed
+                layer.allow_compilation(allowed)
 
     @classmethod
     def from_legacy_cache(cls, cache: Any = None, layer_idx: int | None = None) -> "FixedSizeDynamicCache":
@@ -301,81 +338,6 @@ class FixedSizeDynamicCache(BaseCache):
         if self.settings.free_memory:
             self._free_memory(layer_idx, stage.queries)
         return held
-
-    @property
-    def key_cache(self) -> legacy.HeldTensors:
-        """The keys held, a sequence over the layers; the last entry is the sum of the evicted ones, if kept."""
-        return legacy.HeldTensors(self, 0)
-
-    @property
-    def value_cache(self) -> legacy.HeldTensors:
-        """The values held, as :attr:`key_cache`."""
-        return legacy.HeldTensors(self, 1)
-
-    def __getitem__(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        return self.key_cache[layer_idx], self.value_cache[layer_idx]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (self[i] for i in range(len(self.layers)))
-
-    def to_legacy_cache(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The keys and values held, as a tuple per layer. Scores and positions are not in it."""
-        return tuple(self)
-
-    def get_held_tokens(self, layer_idx: int = 0) -> Tensor:
-        """How many tokens each KV head of a layer holds, int64 ``[B, H]``."""
-        return (self._filled_layer(layer_idx).slots.tokens.positions >= 0).sum(-1)
-
-    def get_positions(self, layer_idx: int = 0) -> Tensor:
-        """Which tokens a layer holds, int32 ``[B, H, T]`` in the order of ``key_cache``: how many real tokens came
-        before each in its row, -1 where padding left a slot empty."""
-        layer = self._filled_layer(layer_idx)
-        return layer.slots.read(layer.tokens_held).positions.clone()
-
-    def lost_attention(self, layer_idx: int = 0) -> Tensor:
-        """The share of the last step's attention that went to evicted tokens, float32 ``[B, H]`` from 0 to 1.
-
-        It is measured on the entry of the evicted tokens, the mean over the queries of the step and the query heads of
-        each KV head.
-
-        Raises:
-            RuntimeError: without ``include_skipped``, since nothing is known of what was evicted then.
-        """
-        if not self.settings.include_skipped:
-            raise RuntimeError(
-                "lost_attention: the cache must keep the entry of the evicted tokens; got include_skipped=False; make "
-                "it with include_skipped=True"
-            )
-        return self._filled_layer(layer_idx).slots.skipped.lost.clone()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers, on all devices; those of transformers' own layers included."""
-        stock = (layer for layer in self.layers if not isinstance(layer, FixedSizeLayer))
-        tensors = [x for layer in stock for x in vars(layer).values() if isinstance(x, Tensor)]
-        return sum(x.nbytes for x in tensors) + sum(x.nbytes for x in self.layers if isinstance(x, FixedSizeLayer))
-
-    def __repr__(self) -> str:
-        own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
-        size = self.settings.cache_size
-        if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return f"{type(self).__name__}(cache_size={size})"  # to ask the device would break the capture
-        seen = own[0].get_seq_length() if own else 0
-        return f"{type(self).__name__}({min(seen, size)} of {seen} tokens held, cache_size={size})"
-
-    def _filled_layer(self, layer_idx: int) -> FixedSizeLayer:
-        layer = self._own_layer(layer_idx)
-        if not layer.is_initialized:
-            raise RuntimeError(f"layer {layer_idx} holds nothing yet; run the model first")
-        return layer
-
-    def _own_layer(self, layer_idx: int) -> FixedSizeLayer:
-        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if not isinstance(layer, FixedSizeLayer):
-            raise RuntimeError(
-                f"layer {layer_idx} must be one of ours that update() has filled; got {type(layer).__name__}"
-            )
-        return layer
 
     def _free_memory(self, layer_idx: int, queries: int) -> None:
         """Once per forward, after the last layer's compaction, never in a decode step or while a graph is captured."""

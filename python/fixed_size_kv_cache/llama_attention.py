@@ -16,6 +16,7 @@ from .compat import require  # noqa: F401  first: where there is none it says ho
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
+from .compat.capability import describe
 from .compat.transformers import Cache
 from .dynamic_cache import FixedSizeDynamicCache, trained_positions
 from .layer.attention import LogitRule
@@ -60,7 +61,7 @@ def forward(
     cache = FixedSizeDynamicCache.from_legacy_cache(cache, self.layer_idx)
     if cache.last_layer is None:
         cache.last_layer = self.config.num_hidden_layers - 1
-        cache.trained_positions = trained_positions(self.config)
+        cache.trained_positions, cache.made_for = trained_positions(self.config), describe(self.config)
     cache.update(key_states, value_states, self.layer_idx)
     rule, weights = LogitRule(self.scaling), None
     if kwargs.get("output_attentions") or self.config.output_attentions:

@@ -37,6 +37,9 @@ class FixedSizeCacheConfig:
             the logit. ``sum``: the literal sum is the key and the value, as the original had it; that hurts quality.
         free_memory: give unused memory of the CUDA allocator back after the compaction of a prompt or chunk, once per
             forward. It waits for the device, and the next allocations are slower.
+        static: give the buffers their full size with the first token. Otherwise they grow with the text, at most
+            doubling, until they are full, and a size that memory has no room for shows late. A CUDA graph that you
+            capture yourself needs it; where generate() compiles the step it is so anyway.
         policy: ``attention``, or the baselines ``streaming`` (sinks and the last tokens) and ``random``.
 
     Raises:
@@ -58,6 +61,7 @@ class FixedSizeCacheConfig:
     include_skipped: bool | None = None
     skipped_mode: str = "mean"
     free_memory: bool | None = None
+    static: bool = False
     policy: str = "attention"
 
     def __post_init__(self) -> None:
@@ -90,7 +94,7 @@ class FixedSizeCacheConfig:
         return max(512, self.cache_size)
 
     def _check_switches(self) -> None:
-        for name in ("value_weight", "include_skipped", "free_memory"):
+        for name in ("value_weight", "include_skipped", "free_memory", "static"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
 

@@ -20,7 +20,7 @@ TIGHT = {torch.float64: 1e-12, torch.float32: 5e-6}
 
 
 def new_layer(**settings) -> FixedSizeLayer:
-    return FixedSizeLayer(FixedSizeCacheConfig(cache_size=C, **settings.pop("rule", {})), **settings)
+    return FixedSizeLayer(FixedSizeCacheConfig(cache_size=C, static=True, **settings.pop("rule", {})), **settings)
 
 
 def step_of(layer: FixedSizeLayer, query, keys, values, rule: LogitRule, valid) -> Case:

@@ -256,6 +256,12 @@ def test_a_model_loses_attention_in_every_layer():
 def test_repr_is_one_line():
     cache = FixedSizeDynamicCache(config=tiny_llama().config, cache_size=12)
     assert repr(cache) == "FixedSizeDynamicCache(0 of 0 tokens held, cache_size=12)"
+    with recipe():
+        feed(tiny_llama(), cache, tokens(1, 20))
+        assert repr(cache) == "FixedSizeDynamicCache(12 of 20 tokens held, cache_size=12)"
+        cache.activate_past_recording()
+        feed(tiny_llama(), cache, tokens(1, 5))
+        assert repr(cache) == "FixedSizeDynamicCache(17 of 25 tokens held, cache_size=12)"  # until crop()
 
 
 def test_the_config_is_frozen_and_says_what_was_chosen():
@@ -317,7 +323,7 @@ def test_a_compiled_step_is_one_graph(backend, include_skipped):
         return [x.data_ptr() for layer in cache.layers for x in layer.slots.tensors]
 
     with enable(model, cache_size=16), torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        cache, expected = (new_cache(model, 16, include_skipped=include_skipped) for _ in range(2))
+        cache, expected = (new_cache(model, 16, include_skipped=include_skipped, static=True) for _ in range(2))
         for each in (cache, expected):
             model(ids[:, :8], attention_mask=mask[:, :8], position_ids=positions[:, :8], past_key_values=each)
         before = addresses(cache)

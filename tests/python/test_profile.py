@@ -14,9 +14,9 @@ if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("profile_heads needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import HeadProfile, disable, enable, profile_heads
-from fixed_size_kv_cache.cli import app as cli
 from fixed_size_kv_cache.head_profile import hash_config
 from fixed_size_kv_cache.recall import MODEL
+from fsdc_command.app import app
 
 KEPT = 16
 
@@ -196,13 +196,13 @@ def test_errors():
 
 def test_the_command(tmp_path):
     path = tmp_path / "profile.json"
-    run = CliRunner().invoke(cli.app, ["profile", "-o", str(path), "--length", "80", "--json"])
+    run = CliRunner().invoke(app, ["profile", "-o", str(path), "--length", "80", "--json"])
     assert run.exit_code == 0, run.output
     profile = HeadProfile.load(path)
     profile.check_model(transformers.AutoConfig.from_pretrained(MODEL))
     said = json.loads(run.stdout)
     assert said["heads"] == sum(map(len, profile.output_error)) > 0 and 0 < said["share_of_the_first_tenth"] <= 1
-    refused = CliRunner().invoke(cli.app, ["profile", "-o", str(path), "--model", str(tmp_path)])
+    refused = CliRunner().invoke(app, ["profile", "-o", str(path), "--model", str(tmp_path)])
     assert refused.exit_code == 1 and "fsdc profile: --model must be" in refused.stderr
-    refused = CliRunner().invoke(cli.app, ["profile", "-o", str(path), "--text", str(tmp_path / "none.txt")])
+    refused = CliRunner().invoke(app, ["profile", "-o", str(path), "--text", str(tmp_path / "none.txt")])
     assert refused.exit_code == 1 and "fsdc profile: --text:" in refused.stderr

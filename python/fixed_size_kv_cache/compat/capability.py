@@ -94,6 +94,23 @@ def check_model(model: Any) -> None:
         )
 
 
+DESCRIBED = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """What a cache made for one model and another model must have in common, as far as the config says it."""
+    text = text_config(config)
+    return {name: getattr(text, name, None) for name in DESCRIBED}
+
+
 def text_config(config: Any) -> Any:
     """The config of the text decoder of any model."""
     return config.get_text_config(decoder=True)

@@ -3,9 +3,7 @@
 
 from torch import Tensor
 
-from ..settings import FixedSizeCacheConfig
 from . import handoff
-from .slots import FACTS, Slots
 
 NO_REPORT = (
     "{}: the attention of the previous step reported no scores to this cache, so it does not know what to keep. {}; "
@@ -19,19 +17,6 @@ HIDDEN = (
     "attention_mask must show new tokens all {} that the cache has read, padding apart: what was read cannot be hidden "
     "afterwards; give branches of a tree a copy of the cache each, and packed texts a row each"
 )
-
-
-def make_slots(keys: Tensor, values: Tensor, settings: FixedSizeCacheConfig, protected_spans: list) -> Slots:
-    """Where they do not fit, the error says what asked for them."""
-    try:
-        return Slots(keys, values, settings, protected_spans)
-    except RuntimeError as error:  # CUDA's out of memory is one too
-        B, H, _, D = keys.shape
-        needed = B * H * (settings.slots + 1) * ((D + values.shape[3]) * keys.element_size() + 4 * (FACTS + 1))
-        raise type(error)(
-            f"cache_size must leave room in memory; got {settings.cache_size}, of which each layer needs {needed} "
-            f"bytes at once ({B} rows, {H} KV heads); use a smaller cache_size ({error})"
-        ) from error
 
 
 def no_report(who: str) -> str:

@@ -43,11 +43,13 @@ class Tokens(NamedTuple):
 class Slots:
     """``N = settings.slots`` slots for each KV head, and one more for the new token of a step.
 
-    An empty slot has position -1 and score -inf; what else it holds means nothing. Between steps slot ``N`` is empty.
-    No buffer moves in memory while the batch stays.
+    An empty slot has position -1 and score -inf; what else it holds means nothing. Between steps the last one is empty.
+    Buffers have one slot at first and grow with what they hold, at most doubling, until there are ``N + 1``; from then
+    on none moves in memory while the batch stays.
 
     Attributes:
-        tokens: the buffers, :class:`Tokens` of ``N + 1`` slots.
+        tokens: the buffers, :class:`Tokens` of :attr:`capacity` slots and the free one.
+        most: ``N``.
         seen: int32 ``[B]``, real tokens seen of each row.
         columns: int64, tokens seen with padding, for compiled steps: S on the device.
         skipped: the entry of the evicted tokens, None where it is not asked for.
@@ -56,18 +58,25 @@ class Slots:
         may_have_holes: whether padding came, so that slots in use may be empty.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, settings: FixedSizeCacheConfig, protected_spans: list) -> None:
-        B, H, _, D = keys.shape
-        N, Dv, device = settings.slots, values.shape[3], keys.device
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        settings: FixedSizeCacheConfig,
+        protected_spans: list,
+        at_full_size: bool = False,
+    ) -> None:
+        (B, H, _, D), Dv, device = keys.shape, values.shape[3], keys.device
         wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        self.most = settings.slots
         self._protected_spans = protected_spans
         self._like = _kind(keys, values)
         with torch.inference_mode(False):  # or they could not be written to outside of it
             self.tokens = Tokens(
-                torch.zeros(B, H, N + 1, D, dtype=keys.dtype, device=device),
-                torch.zeros(B, H, N + 1, Dv, dtype=keys.dtype, device=device),
-                torch.zeros(FACTS, B, H, N + 1, dtype=torch.float32, device=device),
-                torch.empty(B, H, N + 1, dtype=torch.int32, device=device),
+                torch.empty(B, H, 0, D, dtype=keys.dtype, device=device),
+                torch.empty(B, H, 0, Dv, dtype=keys.dtype, device=device),
+                torch.empty(FACTS, B, H, 0, dtype=torch.float32, device=device),
+                torch.empty(B, H, 0, dtype=torch.int32, device=device),
             )
             self.seen = torch.zeros(B, dtype=torch.int32, device=device)
             self.columns = torch.zeros((), dtype=torch.int64, device=device)
@@ -80,6 +89,7 @@ class Slots:
                     torch.zeros(B, H, dtype=torch.float32, device=device),
                     settings.skipped_mode,
                 )
+        self._resize(self.most if at_full_size else 0)
         self.clear()
 
     def clear(self) -> None:
@@ -99,6 +109,45 @@ class Slots:
         """Whether tokens have the batch, heads, dimensions, type and device of the buffers."""
         return _kind(keys, values) == self._like and keys.shape[2] == values.shape[2]
 
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there is memory for, without the free one."""
+        return self.tokens.positions.shape[2] - 1
+
+    def make_room(self, count: int, forget: bool = False) -> None:
+        """Memory for ``count`` tokens, and for as many as there were once more; never for more than ``N``.
+
+        Args:
+            count: the tokens to come, with those held.
+            forget: what is held need not be kept, so its memory is free before there is new.
+        """
+        if self.capacity >= min(count, self.most):
+            return
+        if self.seen.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "update: the buffers must have their full size before a CUDA graph is captured; got some that grow; "
+                "make the cache with static=True"
+            )
+        self._resize(min(self.most, max(count, 2 * self.capacity)), forget)
+
+    def _resize(self, capacity: int, forget: bool = False) -> None:
+        before = self.tokens.positions.shape[2]
+        if forget:
+            self.tokens = Tokens(*(x.new_empty(*x.shape[:at], 0, *x.shape[at + 1 :]) for x, at in _along(self.tokens)))
+        try:
+            with torch.inference_mode(False):
+                self.tokens = Tokens(*(_lengthen(x, at, capacity + 1) for x, at in _along(self.tokens)))
+        except RuntimeError as error:  # CUDA's out of memory is one too
+            (B, H, _, D), Dv = self.tokens.keys.shape, self.tokens.values.shape[3]
+            needed = B * H * (capacity + 1) * ((D + Dv) * self.tokens.keys.element_size() + 4 * (FACTS + 1))
+            raise type(error)(
+                f"cache_size must leave room in memory; got {self.most}, of which {capacity} tokens of each "
+                f"layer need {needed} bytes ({B} rows, {H} KV heads); use a smaller cache_size ({error})"
+            ) from error
+        self.empty(0 if forget else before)
+
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
     def read(self, count: int) -> Tokens:
@@ -108,9 +157,16 @@ class Slots:
         keys, values, facts, positions = self.tokens
         return Tokens(keys[:, :, :count], values[:, :, :count], facts[..., :count], positions[..., :count])
 
-    def write(self, start: int, tokens: Tokens) -> None:
-        """Puts tokens into the slots from ``start`` on."""
-        slots = slice(start, start + tokens.positions.shape[2])
+    def hold(self, tokens: Tokens) -> None:
+        """Holds these tokens, copies, and no others."""
+        count = tokens.positions.shape[2]
+        self.make_room(count, forget=True)
+        self._write(tokens)
+        self.empty(count)
+
+    def _write(self, tokens: Tokens) -> None:
+        """Puts tokens into the first slots."""
+        slots = slice(tokens.positions.shape[2])
         keys, values, facts, positions = self.tokens
         keys[:, :, slots] = tokens.keys
         values[:, :, slots] = tokens.values
@@ -121,6 +177,9 @@ class Slots:
         """Puts the key and value of one token ``[B, H, 1, D]`` into slot ``count``, of which nothing else is known yet,
         and returns the first ``count + 1`` keys and values as views."""
         tokens, after = self.tokens, count + 1
+        if after >= tokens.positions.shape[2] <= self.most:
+            self.make_room(after)
+            tokens = self.tokens
         if after == tokens.positions.shape[2]:
             all_keys, all_values = tokens.keys, tokens.values
         else:
@@ -163,7 +222,7 @@ class Slots:
         """Puts the first ``count`` slots into token order, empty ones first, and returns them as views."""
         held = self.read(count)
         if not self.is_ordered:
-            self.write(0, take(held, held.positions.argsort(dim=-1, stable=True)))
+            self._write(take(held, held.positions.argsort(dim=-1, stable=True)))
             self.is_ordered = True
         return held
 
@@ -200,6 +259,18 @@ def take(tokens: Tokens, indices: Tensor) -> Tokens:
     keys, values = (x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[3])) for x in tokens[:2])
     facts = tokens.facts.gather(3, indices.expand(FACTS, -1, -1, -1))
     return Tokens(keys, values, facts, tokens.positions.gather(2, indices))
+
+
+def _along(tokens: Tokens) -> zip:
+    """Each buffer, and which of its dimensions is that of the slots."""
+    return zip(tokens, (2, 2, 3, 2), strict=True)
+
+
+def _lengthen(x: Tensor, dim: int, size: int) -> Tensor:
+    """A copy with empty slots behind: zeros, so that nothing is NaN by chance."""
+    longer = x.new_zeros(*x.shape[:dim], size, *x.shape[dim + 1 :])
+    longer.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return longer
 
 
 def _kind(keys: Tensor, values: Tensor) -> tuple:
