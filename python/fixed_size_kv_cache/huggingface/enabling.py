@@ -7,14 +7,13 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
-from ..compat.capability import check_config, check_model, is_prefix_tuning, text_config
+from ..compat.capability import check_config, check_model, text_config
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..layer.layer import FixedSizeLayer
 from ..settings import FixedSizeCacheConfig, read_settings
 from . import generate_hook, marks, own_cache
 from .marks import Cap
+from .unwrapping import unwrap, virtual_tokens
 
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
@@ -98,7 +97,7 @@ def enable(
         FixedSizeDynamicCache(8 of 24 tokens held, cache_size=8)
         >>> handle.disable()
     """
-    model = unwrap(model_or_pipeline)
+    model = unwrap(model_or_pipeline, "enable")
     made = read_settings("enable", settings, _with_size(cache_size, fields))
     chunk = made.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
@@ -122,7 +121,7 @@ def enable(
 def disable(model_or_pipeline: Any) -> None:
     """Ends every ``enable`` of a model: its attention and generate() are as before. One that was never enabled stays as
     it is."""
-    marks.remove(unwrap(model_or_pipeline))
+    marks.remove(unwrap(model_or_pipeline, "enable"))
 
 
 class Default(contextlib.AbstractContextManager["Default"]):
@@ -182,44 +181,3 @@ def as_default(
 
 def _with_size(cache_size: int | None, fields: dict) -> dict:
     return fields if cache_size is None else {"cache_size": cache_size, **fields}
-
-
-def unwrap(model_or_pipeline: Any) -> Any:
-    """The model that generates, out of a pipeline, a PEFT model, or a compiled or parallel module."""
-    from transformers import PreTrainedModel
-
-    *_, model = wrappers(model_or_pipeline)
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-        raise TypeError(
-            "enable: model_or_pipeline must be a model of transformers that can generate, or a pipeline, PEFT model, "
-            f"compiled or parallel module of one; got {type(model).__name__}"
-        )
-    return model
-
-
-def wrappers(model: Any) -> Iterator[Any]:
-    """What was handed over, and what each wrapper holds, down to the model."""
-    yield model
-    while (model := _held_by(model)) is not None:
-        yield model
-
-
-def _held_by(wrapper: Any) -> Any:
-    from transformers import PreTrainedModel
-
-    if hasattr(wrapper, "_orig_mod"):  # torch.compile(model)
-        return wrapper._orig_mod
-    if hasattr(wrapper, "get_base_model"):  # PEFT
-        return wrapper.get_base_model()
-    if isinstance(wrapper, PreTrainedModel):
-        return None
-    if isinstance(module := getattr(wrapper, "module", None), torch.nn.Module):
-        return module  # DistributedDataParallel, DataParallel, what Accelerator made of a model
-    model, is_module = getattr(wrapper, "model", None), isinstance(wrapper, torch.nn.Module)
-    return model if isinstance(model, PreTrainedModel) or not is_module else None  # a pipeline, or a user's module
-
-
-def virtual_tokens(model_or_pipeline: Any) -> int:
-    """How many of them a PEFT model of prefix tuning puts before every text."""
-    configs = [getattr(each, "active_peft_config", None) for each in wrappers(model_or_pipeline)]
-    return max((config.num_virtual_tokens for config in configs if is_prefix_tuning(config)), default=0)
