@@ -4,7 +4,6 @@
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 from ..compat.capability import check_config, check_model, text_config
