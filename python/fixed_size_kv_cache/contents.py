@@ -9,6 +9,7 @@ from torch import Tensor
 from . import legacy
 from .compat.transformers import BaseCache
 from .layer.layer import FixedSizeLayer
+from .sizes import all_sizes
 
 
 class CacheContents(BaseCache):
@@ -36,13 +37,12 @@ class CacheContents(BaseCache):
 
     def get_held_tokens(self, layer_idx: int = 0) -> Tensor:
         """How many tokens each KV head of a layer holds, int64 ``[B, H]``."""
-        return (self._filled_layer(layer_idx).slots.tokens.positions >= 0).sum(-1)
+        return (self._filled_layer(layer_idx).positions >= 0).sum(-1)
 
     def get_positions(self, layer_idx: int = 0) -> Tensor:
         """Which tokens a layer holds, int32 ``[B, H, T]`` in the order of ``key_cache``: how many real tokens came
-        before each in its row, -1 where padding left a slot empty."""
-        layer = self._filled_layer(layer_idx)
-        return layer.slots.read(layer.tokens_held).positions.clone()
+        before each in its row, -1 where padding left a slot empty, and behind those of a head that has fewer slots."""
+        return self._filled_layer(layer_idx).positions.clone()
 
     def lost_attention(self, layer_idx: int = 0) -> Tensor:
         """The share of the last step's attention that went to evicted tokens, float32 ``[B, H]`` from 0 to 1.
@@ -69,11 +69,15 @@ class CacheContents(BaseCache):
 
     def __repr__(self) -> str:
         own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
-        size = self.settings.cache_size
+        size, on_average = self.settings.average_size, ""
+        if not isinstance(self.settings.cache_size, int):
+            on_average = " on average"
         if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return f"{type(self).__name__}(cache_size={size})"  # to ask the device would break the capture
+            return f"{type(self).__name__}(cache_size={size}{on_average})"  # to ask the device would break the capture
         seen = own[0].get_seq_length() if own else 0
-        return f"{type(self).__name__}({min(seen, size)} of {seen} tokens held, cache_size={size})"
+        sizes = all_sizes(self.settings.cache_size)
+        held = sum(min(seen, size) for size in sizes) // len(sizes)
+        return f"{type(self).__name__}({held} of {seen} tokens held{on_average}, cache_size={size}{on_average})"
 
     def _filled_layer(self, layer_idx: int) -> FixedSizeLayer:
         layer = self._own_layer(layer_idx)
