@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -83,6 +84,7 @@ def architectures(torch):
 
 def extension():
     """What setup() needs to build _C."""
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch builds without it, and so do we
     import torch
     from torch.utils import cpp_extension
 

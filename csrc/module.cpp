@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"  // written by setup.py
+#include "kernels/cpu/cpu.h"
 #include "kernels/cpu/isa.h"
 
 namespace py = pybind11;
@@ -37,4 +38,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "cpu_isa", [] { return fsdc::cpu::name_of(fsdc::cpu::active_isa()); },
       "Instruction set in use: 'amx', 'avx512', 'avx2' or 'portable'.");
+  module.def(
+      "cpu_isa_of", [](const std::string& operation) { return fsdc::cpu::name_of(fsdc::cpu::isa_of(operation)); },
+      "The instruction set that an operator runs on, for lack of loops for the one in use maybe a lower one.");
 }

@@ -8,10 +8,14 @@ import argparse
 
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import parse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.distributed import DistributedConfig
 
 from fixed_size_kv_cache import enable
+
+CACHE = "cache" if parse(transformers.__version__) >= parse("5.24") else "past_key_values"  # what generate() calls it
 
 
 def main() -> None:
@@ -31,7 +35,7 @@ def main() -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt").to(model.device)
     out = model.generate(**inputs, max_new_tokens=args.max_new_tokens, return_dict_in_generate=True)
 
-    cache, rank = out.past_key_values, dist.get_rank()
+    cache, rank = out[CACHE], dist.get_rank()
     if rank == 0:
         print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
     print(f"process {rank}: {cache} by each of {cache.get_held_tokens().shape[1]} KV heads", flush=True)

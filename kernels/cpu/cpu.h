@@ -3,6 +3,8 @@
 // available_isas().
 #pragma once
 
+#include <string>
+
 #include "kernels/accumulate_scores.h"
 #include "kernels/chunk_attention.h"
 #include "kernels/cpu/isa.h"
@@ -18,5 +20,9 @@ void accumulate_scores(const AccumulateScoresParams& params, const Parallel& par
 
 void chunk_attention(const ChunkAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
 void decode_attention(const DecodeAttentionParams& params, const Parallel& parallel, Isa isa = active_isa());
+
+// The instruction set that an operator's loops are compiled for where `isa` is active; throws std::out_of_range for other
+// names.
+Isa isa_of(const std::string& operation, Isa isa = active_isa());
 
 }  // namespace fsdc::cpu

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-from .cli.app import main
+from fsdc_command import main
 
 main()

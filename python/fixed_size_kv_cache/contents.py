@@ -69,15 +69,18 @@ class CacheContents(BaseCache):
 
     def __repr__(self) -> str:
         own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
-        size, on_average = self.settings.average_size, ""
-        if not isinstance(self.settings.cache_size, int):
-            on_average = " on average"
+        name, sizes = type(self).__name__, self.settings.cache_size
+        on_average = "" if isinstance(sizes, int) else " on average"
+        size = f"cache_size={self.settings.average_size}{on_average}"
+        if self.layers and not own:
+            return f"{name}({self.get_seq_length()} tokens seen, nothing capped: all layers are transformers' own)"
         if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return f"{type(self).__name__}(cache_size={size}{on_average})"  # to ask the device would break the capture
-        seen = own[0].get_seq_length() if own else 0
-        sizes = all_sizes(self.settings.cache_size)
-        held = sum(min(seen, size) for size in sizes) // len(sizes)
-        return f"{type(self).__name__}({held} of {seen} tokens held{on_average}, cache_size={size}{on_average})"
+            return f"{name}({size})"  # to ask the device would break the capture
+        folded, recorded = (own[0].tokens_folded, own[0].tokens_recorded) if own else (0, 0)
+        held = [min(folded, slots - self.settings.include_skipped) for slots in all_sizes(sizes)]
+        where = "" if len(own) == len(self.layers) else f" by {len(own)} of {len(self.layers)} layers"
+        seen = folded + recorded
+        return f"{name}({sum(held) // len(held) + recorded} of {seen} tokens held{on_average}{where}, {size})"
 
     def _filled_layer(self, layer_idx: int) -> FixedSizeLayer:
         layer = self._own_layer(layer_idx)

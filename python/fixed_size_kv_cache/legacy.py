@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .compat.transformers import Cache, DynamicCache, drop_stock_storage, stock_contents
+from .compat.transformers import CACHE_NAME, Cache, DynamicCache, drop_stock_storage, stock_contents
 from .layer.layer import FixedSizeLayer
 
-REMEDY = "let generate() make the cache, or pass past_key_values=FixedSizeDynamicCache(config=model.config)"
+REMEDY = f"let generate() make the cache, or pass {CACHE_NAME}=FixedSizeDynamicCache(config=model.config)"
 
 
 def from_legacy_cache(cls: type, cache: Any, layer_idx: int | None) -> Any:

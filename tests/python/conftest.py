@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 import fixed_size_kv_cache  # noqa: F401  (loads the operators)
-from fixed_size_kv_cache.cli import app as cli
+import fsdc_command
 
 settings.register_profile("default", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("default")
@@ -36,7 +36,7 @@ def path(request, monkeypatch) -> str:
 
     if request.param == "plain":
         monkeypatch.setattr(decode, "is_fused", lambda settings, device: False)
-        monkeypatch.setattr(chunk, "attend_fused", chunk.attend_plain)
+        monkeypatch.setattr(chunk, "is_fused", lambda device: False)
     return request.param
 
 
@@ -49,7 +49,7 @@ def fsdc(monkeypatch, capsys) -> Callable[..., str]:
         monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # it sets another one
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            fsdc_command.main()
         written = capsys.readouterr()
         assert end.value.code == 0, written.err
         return written.out

@@ -36,7 +36,8 @@ def prompt(model: Any, length: int) -> torch.Tensor:
 
 def generate(model: Any, ids: torch.Tensor, cache_size: int | None, chunk: int = CHUNK, **arguments: Any) -> dict:
     """The tokens, and the positions that each layer holds; None: the stock cache."""
-    arguments |= dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    greedy = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    arguments = greedy | arguments
     if cache_size is None:
         return {"tokens": model.generate(ids, **arguments).sequences}
     with enable(model, cache_size=cache_size, prefill_chunk_size=chunk):
@@ -94,9 +95,11 @@ def main(folder: Path) -> None:
             found["tensor parallel", name, size] = count_collectives(model, ids, size, **chunks)
     model = fsdp(folder / "random")
     ids = prompt(model, OWN_PROMPTS[rank])
-    generate(model, ids, None, synced_gpus=True)  # the first forward gathers once more
+    generate(model, ids, None)  # the first forward gathers once more
     for size in (None, *SIZES):
-        found["FSDP", size] = count_collectives(model, ids, size, synced_gpus=True)
+        found["FSDP", size] = count_collectives(model, ids, size)
+    own_length = dict(max_new_tokens=NEW_TOKENS // (1 + rank))  # a process goes on while another has more to do
+    found["FSDP", "own length"] = generate(model, ids, min(SIZES), **own_length)
     model = DistributedDataParallel(load(folder / "random"))
     for size in (None, *SIZES):
         found["DDP", size] = count_collectives(model.module, ids, size)

@@ -12,10 +12,10 @@ import torch
 from rich.console import Console, ConsoleDimensions
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache.cli import app as cli
 from fixed_size_kv_cache.cli import demo as cli_demo
 from fixed_size_kv_cache.cli import demo_view
 from fixed_size_kv_cache.recall import contest
+from fsdc_command.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ("--length", "160", "--cache-size", "24")
@@ -33,7 +33,7 @@ def one_table(monkeypatch):
 
 
 def demo(*arguments: str) -> str:
-    done = CliRunner().invoke(cli.app, ["demo", *arguments])
+    done = CliRunner().invoke(app, ["demo", *arguments])
     assert done.exit_code == 0, done.stderr
     return done.stdout
 
@@ -50,6 +50,14 @@ def test_plain_lines_where_there_is_no_terminal(one_table):
     assert "Questions answered right in texts of 160 words, by tokens held\n" in said
     for word in ("needle", "zipf", "recency", *contest.NAMES):
         assert word in said
+
+
+@pytest.mark.parametrize("task", ["needle", "zipf", "recency"])
+def test_the_shortest_demonstration_asks_something(task):
+    *_, state = contest.race(task, 24, 128, 0)
+    assert state.asked >= 1
+    rows = table((24,), 128, 0)
+    assert min(row["asked"] for part in rows for row in part) >= 1
 
 
 def in_a_terminal(monkeypatch, **size: str) -> None:
@@ -102,7 +110,7 @@ def test_json_and_seeds():
     [(("--length", "4000"), "512"), (("--cache-size", "0"), "--cache-size"), (("--task", "haystack"), "needle")],
 )
 def test_arguments_out_of_range(arguments, text):
-    done = CliRunner().invoke(cli.app, ["demo", *arguments])
+    done = CliRunner().invoke(app, ["demo", *arguments])
     assert done.exit_code == 2 and text in done.stderr
 
 

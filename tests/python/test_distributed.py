@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers.distributed", reason="this transformers has no tensor parallelism")
 
-from distributed_worker import CHUNK, OWN_PROMPTS, SHARED_PROMPT, SIZES, generate, load, prompt
+from distributed_worker import CHUNK, NEW_TOKENS, OWN_PROMPTS, SHARED_PROMPT, SIZES, generate, load, prompt
 from llamas import tiny_llama
 
 PROCESSES = 2
@@ -74,3 +74,10 @@ def test_data_parallel(kind, size, folder, found):
             assert torch.equal(held, all_held)
         assert mine["collectives"] == stock["collectives"]
         assert (mine["collectives"] == {}) == (kind == "DDP")
+
+
+def test_sharded_weights_with_texts_that_end_at_different_times(found):
+    for rank, facts in enumerate(found):
+        mine, whole = facts["FSDP", "own length"]["tokens"], facts["FSDP", min(SIZES)]["tokens"]
+        assert mine.shape[1] == OWN_PROMPTS[rank] + NEW_TOKENS // (1 + rank)
+        assert torch.equal(mine, whole[:, : mine.shape[1]])

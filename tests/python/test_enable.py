@@ -16,6 +16,7 @@ if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import FixedSizeCacheConfig, FixedSizeDynamicCache, as_default, disable, enable
+from fixed_size_kv_cache.compat.transformers import CACHE_NAME
 from fixed_size_kv_cache.huggingface.attention_interface import fsdc_attention
 
 FEW = dict(max_new_tokens=20, **GREEDY)
@@ -105,7 +106,7 @@ def test_an_empty_dynamic_cache_is_adopted_and_others_raise():
         with pytest.raises(ValueError, match=r"must be empty to be taken over; got one with 5 tokens"):
             cache_of(model, past_key_values=filled)
         static = StaticCache(config=model.config, max_cache_len=64)
-        with pytest.raises(TypeError, match=r"or an empty DynamicCache; got a StaticCache; pass past_key_values="):
+        with pytest.raises(TypeError, match=f"or an empty DynamicCache; got a StaticCache; pass {CACHE_NAME}="):
             cache_of(model, past_key_values=static)
         with pytest.raises(TypeError, match="got a StaticCache; leave cache_implementation='static' away"):
             cache_of(model, cache_implementation="static")

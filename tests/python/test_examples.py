@@ -17,14 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
-from fixed_size_kv_cache import FixedSizeDynamicCache, enable
 from fixed_size_kv_cache.recall import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,31 +80,6 @@ def test_questions(how, tmp_path, monkeypatch, capsys):
     assert f"64 of {len(TEXT.split())} tokens held" in said
     for question, answer in QUESTIONS.items():
         assert f"{question} {answer}\n" in said
-
-
-def test_the_documented_way_to_ask():
-    """The block of docs/huggingface.md."""
-    (block,) = re.findall(r"^```python\n(import copy\n.*?)^```$", read("docs/huggingface.md"), re.DOTALL | re.MULTILINE)
-    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL).eval()
-    enable(model, cache_size=CACHE_SIZE)
-    context, *questions = (tokenizer(text, return_tensors="pt").input_ids for text in (TEXT, *QUESTIONS))
-    printed = []
-    names = dict(torch=torch, FixedSizeDynamicCache=FixedSizeDynamicCache, model=model, context=context)
-    exec(block, names | dict(questions=questions, print=printed.append))
-    answers = [out[0, -20] for out in printed]
-    assert tokenizer.convert_ids_to_tokens(answers) == list(QUESTIONS.values())
-
-
-def test_the_documented_way_to_save(tmp_path, monkeypatch):
-    """The block of docs/huggingface.md, in a session of its own."""
-    (block,) = re.findall(
-        r"^```python\n(import torch\n.*?)^```$", read("docs/huggingface.md"), re.DOTALL | re.MULTILINE
-    )
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(block, names)
-    assert names["cache"].get_seq_length() == 329
-    assert [path.name for path in tmp_path.iterdir()] == ["context.safetensors"]
 
 
 @pytest.fixture

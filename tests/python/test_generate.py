@@ -17,9 +17,9 @@ from click.testing import Result
 from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache.cli import app as cli
 from fixed_size_kv_cache.cli import generate
 from fixed_size_kv_cache.recall import MODEL
+from fsdc_command.app import app
 
 QUESTION = "the code of maple is 47 . the old fox walks to the river . what is the code of maple ?"
 
@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-m", "fixed_size_kv_cache", "generate"]
 
 
 def run(*arguments: str, stdin: str = "") -> Result:
-    return CliRunner().invoke(cli.app, ["generate", *arguments], input=stdin, env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["generate", *arguments], input=stdin, env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_damaged_weights_and_templates(folder, tmp_path):
 
 
 def test_standard_input_that_is_no_text():
-    done = CliRunner().invoke(cli.app, ["generate", "-"], input=b"\xff\xfe")
+    done = CliRunner().invoke(app, ["generate", "-"], input=b"\xff\xfe")
     assert done.exit_code == 2 and "the prompt cannot be read from" in done.stderr
 
 

@@ -256,6 +256,12 @@ def test_a_model_loses_attention_in_every_layer():
 def test_repr_is_one_line():
     cache = FixedSizeDynamicCache(config=tiny_llama().config, cache_size=12)
     assert repr(cache) == "FixedSizeDynamicCache(0 of 0 tokens held, cache_size=12)"
+    with recipe():
+        feed(tiny_llama(), cache, tokens(1, 20))
+        assert repr(cache) == "FixedSizeDynamicCache(12 of 20 tokens held, cache_size=12)"
+        cache.activate_past_recording()
+        feed(tiny_llama(), cache, tokens(1, 5))
+        assert repr(cache) == "FixedSizeDynamicCache(17 of 25 tokens held, cache_size=12)"  # until crop()
 
 
 def test_the_config_is_frozen_and_says_what_was_chosen():

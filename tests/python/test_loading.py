@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from transformers import (
     AutoTokenizer,
@@ -25,9 +26,10 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from fixed_size_kv_cache.cli import app as cli
 from fixed_size_kv_cache.cli import load_model as loading
+from fixed_size_kv_cache.layer import slots
 from fixed_size_kv_cache.recall import MODEL
+from fsdc_command.app import app
 
 PROMPT = "the code of maple is 47 ."  # 7 tokens
 WORDS = 212
@@ -36,7 +38,7 @@ SMALL = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_atte
 
 
 def run(model: str | Path, *arguments: str) -> Result:
-    return CliRunner().invoke(cli.app, ["generate", "--model", str(model), "--prompt", PROMPT, *arguments])
+    return CliRunner().invoke(app, ["generate", "--model", str(model), "--prompt", PROMPT, *arguments])
 
 
 def refusal(*arguments) -> str:
@@ -111,7 +113,10 @@ def test_learned_positions_end(name, models):
     assert done.exit_code == 0 and "64 tokens seen, 16 held" in done.stderr
 
 
-def test_a_cache_that_does_not_fit_in_memory(models):
+def test_a_cache_that_does_not_fit_in_memory(models, monkeypatch):
+    """One of any size costs a short text nothing; the text must be what does not fit."""
+    assert run(models / "tied", "--cache-size", "99999999999").exit_code == 0
+    monkeypatch.setattr(slots, "_lengthen", lambda x, dim, size: torch.empty(1 << 60, dtype=torch.uint8))
     said = refusal(models / "tied", "--cache-size", "99999999999")
     assert said.startswith("fsdc generate: out of memory: ") and "try a smaller --cache-size than 99999999999" in said
 

@@ -15,7 +15,7 @@ if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import FixedSizeDynamicCache, disable, enable, perplexity
-from fixed_size_kv_cache.cli import app as cli
+from fsdc_command.app import app
 
 
 def loss_of(model, ids, **kwargs):
@@ -104,12 +104,12 @@ def test_perplexity_checks_its_arguments():
 
 def test_the_command():
     text = "the code of maple is 47 . the old fox walks to the river . what is the code of maple ? 47"
-    run = CliRunner().invoke(cli.app, ["perplexity", "--prompt", text, "--cache-size", "8", "--compare", "--json"])
+    run = CliRunner().invoke(app, ["perplexity", "--prompt", text, "--cache-size", "8", "--compare", "--json"])
     assert run.exit_code == 0, run.output
     facts = json.loads(run.stdout)
     assert facts["perplexity"] > 1 and facts["perplexity_of_all"] > 1 and facts["chunk_size"] == 1
     assert facts["perplexity"] != facts["perplexity_of_all"] and facts["tokens"] > 20
-    plain = CliRunner().invoke(cli.app, ["perplexity", "--prompt", text, "--cache-size", "8"])
+    plain = CliRunner().invoke(app, ["perplexity", "--prompt", text, "--cache-size", "8"])
     assert f"perplexity {facts['perplexity']:.3f}" in plain.stdout
-    refused = CliRunner().invoke(cli.app, ["perplexity", "--prompt", "zebra"])
+    refused = CliRunner().invoke(app, ["perplexity", "--prompt", "zebra"])
     assert refused.exit_code == 1 and "fsdc perplexity: the embedded model knows" in refused.stderr

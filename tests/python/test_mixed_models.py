@@ -41,6 +41,22 @@ def test_reset_forgets_in_windows_and_recurrent_layers_too(family, prompt):
         assert torch.equal(after, generate(model, ids[:, :prompt], past_key_values=fresh))
 
 
+@pytest.mark.parametrize(
+    "family, said",
+    [
+        ("gemma2", "8 of 23 tokens held by 2 of 4 layers, cache_size=8"),
+        ("mistral", "23 tokens seen, nothing capped: all layers are transformers' own"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*so there is nothing to cap")
+def test_repr_says_which_layers_are_capped(family, said):
+    model, ids = tiny_model(family), tokens(1, 20).clamp(max=90)
+    cache = FixedSizeDynamicCache(config=model.config, cache_size=8)
+    with enable(model, cache_size=8):
+        generate(model, ids, past_key_values=cache)
+    assert repr(cache) == f"FixedSizeDynamicCache({said})"
+
+
 @pytest.mark.parametrize("family", ["gemma2", "llama4_text", "qwen3_next", "jamba"])
 def test_a_cache_made_without_the_config_is_refused_where_it_matters(family):
     model, ids = tiny_model(family), tokens(1, 20).clamp(max=90)

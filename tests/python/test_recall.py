@@ -59,6 +59,14 @@ def test_some_facts_are_asked_for_often_and_questions_of_recency_are_about_the_l
             assert text.words[at - 2] in late
 
 
+@pytest.mark.parametrize("task, least", [("needle", 97), ("zipf", 122), ("recency", 17)])
+def test_the_shortest_texts_ask_something_too(task, least):
+    with pytest.raises(ValueError, match=f"length must be at least {least}"):
+        language.stream(task, least - 1, random.Random(0))
+    for length in range(least, least + 20):
+        assert all(text.answers for text in texts_of(task, length))
+
+
 def test_a_seed_is_a_text():
     first, again, other = (language.stream("zipf", 300, random.Random(seed)).words for seed in (1, 1, 2))
     assert first == again != other

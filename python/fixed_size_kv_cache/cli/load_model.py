@@ -26,13 +26,16 @@ class Refused(Exception):
 
 
 def load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
-    """Model and tokenizer: a folder, a name on the Hub, or None for the embedded model.
+    """Model and tokenizer: a folder, a name on the Hub, or None for the embedded model; on a GPU where there is one, if
+    the device is "auto".
 
     Raises:
         Refused: where there is no such model, where it is not a decoder, or where it cannot be reached.
     """
     where = str(MODEL) if name is None else name
     _check_name(where)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1).to(device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

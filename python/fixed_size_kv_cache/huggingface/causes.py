@@ -4,6 +4,7 @@
 from typing import Any
 
 from ..compat.capability import text_config
+from ..compat.transformers import CACHE_NAME
 from ..layer import handoff
 from .marks import LOCK, MODELS, NAME, RUNNING, enabled, enabled_with
 
@@ -55,7 +56,7 @@ def why_foreign_cache(module: Any) -> str:
             "with gradients model(ids) returns transformers' own cache, and a stock cache stays one: call the model "
             "under torch.no_grad(), and let it make the cache, or pass FixedSizeDynamicCache(config=model.config)"
         )
-    return "call enable(model, cache_size=...), or pass past_key_values=FixedSizeDynamicCache(config=model.config)"
+    return f"call enable(model, cache_size=...), or pass {CACHE_NAME}=FixedSizeDynamicCache(config=model.config)"
 
 
 def shared_config(owner: Any) -> str:

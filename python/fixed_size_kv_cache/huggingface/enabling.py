@@ -19,7 +19,7 @@ from .marks import Cap
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
 
-class Enabled(contextlib.AbstractContextManager):
+class Enabled(contextlib.AbstractContextManager["Enabled"]):
     """What ``enable`` returns: one cap of a model, which ends with the block or with :meth:`disable`, whatever other
     blocks begin or end meanwhile, in whatever thread. It does not keep the model alive."""
 
@@ -61,9 +61,9 @@ def enable(
     """Caps the cache of every generate() of a model, from now on.
 
     The attention of its text decoder becomes "fsdc", and generate() makes a :class:`FixedSizeDynamicCache`. One that is
-    passed as ``past_key_values`` wins; an empty ``DynamicCache`` is taken over; any other cache is an error.
-    ``model(ids)`` without gradients returns one too; what is read in one call sees all of it. Without a cache, or with
-    gradients, the attention is PyTorch's. Nothing of it is saved with the model.
+    passed as ``cache`` (``past_key_values`` before transformers 5.24) wins; an empty ``DynamicCache`` is taken over,
+    any other cache is an error. ``model(ids)`` without gradients returns one too; what is read in one call sees all of
+    it. Without a cache, or with gradients, the attention is PyTorch's. Nothing of it is saved with the model.
 
     Args:
         model_or_pipeline: a decoder-only model that can generate, or what holds one: a pipeline, a PEFT model, a
@@ -96,7 +96,7 @@ def enable(
         >>> handle = enable(model, cache_size=8)
         >>> out = model.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=20, return_dict_in_generate=True,
         ...                      eos_token_id=None, pad_token_id=0)
-        >>> out.past_key_values
+        >>> out.cache
         FixedSizeDynamicCache(8 of 24 tokens held, cache_size=8)
         >>> handle.disable()
     """
@@ -126,7 +126,7 @@ def disable(model_or_pipeline: Any) -> None:
     marks.remove(unwrap(model_or_pipeline))
 
 
-class Default(contextlib.AbstractContextManager):
+class Default(contextlib.AbstractContextManager["Default"]):
     """What ``as_default`` returns. At its end the models that it has enabled are as before."""
 
     def __init__(self, settings: FixedSizeCacheConfig, prefill_chunk_size: int | None) -> None:

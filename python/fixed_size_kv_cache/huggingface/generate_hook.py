@@ -35,7 +35,7 @@ from .causes import changed_attention, shared_config
 from .handed_over import Given, cache_of
 from .marks import NAME, RUNNING, enabled, enabled_with
 
-REMEDY = "pass past_key_values=FixedSizeDynamicCache(config=model.config), or nothing"
+REMEDY = f"pass {CACHE_NAME}=FixedSizeDynamicCache(config=model.config), or nothing"
 TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids", CACHE_NAME}
 
 
@@ -99,7 +99,7 @@ def _settings(model: Any) -> FixedSizeCacheConfig:
     if CACHE_SIZE not in os.environ:
         raise RuntimeError(
             f'generate: a model with attn_implementation="{NAME}" must be told the size of its cache; call '
-            f"enable(model, cache_size=...), set {CACHE_SIZE}, or pass past_key_values=FixedSizeDynamicCache("
+            f"enable(model, cache_size=...), set {CACHE_SIZE}, or pass {CACHE_NAME}=FixedSizeDynamicCache("
             "config=model.config, cache_size=...)"
         )
     return FixedSizeCacheConfig()

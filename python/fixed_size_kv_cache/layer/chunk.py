@@ -16,6 +16,11 @@ from .new_tokens import Stage, Visibility
 from .slots import FACTS, Slots, Tokens
 
 
+def is_fused(device: torch.device) -> bool:
+    """Whether steps are one call of ``chunk_attention_``: not on CUDA yet."""
+    return device.type == "cpu"
+
+
 def attend(
     slots: Slots,
     settings: FixedSizeCacheConfig,
@@ -25,8 +30,8 @@ def attend(
     visibility: Visibility,
     skipped: Skipped | None,
 ) -> Tensor:
-    """The whole step, ``[B, Hq, Q, Dv]``: on the CPU by ``torch.ops.fsdc.chunk_attention_``, on CUDA in plain torch."""
-    step = attend_fused if query.device.type == "cpu" else attend_plain
+    """The whole step, ``[B, Hq, Q, Dv]``."""
+    step = attend_fused if is_fused(query.device) else attend_plain
     return step(slots, settings, stage, query, rule, visibility, skipped)
 
 
@@ -39,7 +44,7 @@ def attend_fused(
     visibility: Visibility,
     skipped: Skipped | None,
 ) -> Tensor:
-    """:func:`attend` in one pass over the logits."""
+    """:func:`attend` by ``torch.ops.fsdc.chunk_attention_``, in one pass over the logits."""
     every, entry = join(slots, stage), {} if skipped is None else skipped.as_arguments()
     weights, carry = score_rule.query_weights(stage.valid_or_all(), settings.score_decay)
     output = chunk_attention_(

@@ -115,9 +115,14 @@ class LayerState(DynamicLayer):
         return self._seen
 
     @property
+    def tokens_recorded(self) -> int:
+        """How many of them may be taken back."""
+        return 0 if self.recorded is None else self.recorded.tokens
+
+    @property
     def tokens_folded(self) -> int:
         """How many of them have been through the slots: all but those that are recorded."""
-        return self.tokens_seen - (0 if self.recorded is None else self.recorded.tokens)
+        return self.tokens_seen - self.tokens_recorded
 
     @property
     def tokens_held(self) -> int:

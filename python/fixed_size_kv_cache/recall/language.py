@@ -34,7 +34,7 @@ WORDS += [*NAMES, *CODES, *ADJECTIVES, *ANIMALS, *VERBS, *PLACES]
 IDS = {word: i for i, word in enumerate(WORDS)}
 
 TASKS = ("needle", "zipf", "recency")
-FACT, QUESTION = 7, 9  # words that each takes
+FACT, QUESTION, FILLER = 7, 9, 8  # words that each takes
 FACTS = {"needle": 6, "zipf": 16, "recency": 4}
 """Facts asked about; of ``recency``, the last so many at any time."""
 
@@ -65,6 +65,10 @@ class Stream:
         """A sentence of filler, of at most ``room`` words."""
         adjective, animal, verb, place = (rng.choice(words) for words in (ADJECTIVES, ANIMALS, VERBS, PLACES))
         self._say(f"the {adjective} {animal} {verb} to the {place} .", room)
+
+    def may_fill(self, length: int) -> bool:
+        """Whether filler leaves room for a question in a text of ``length`` words, or one has been asked."""
+        return bool(self.answers) or len(self) + FILLER + QUESTION <= length
 
     def cut(self, length: int) -> "Stream":
         """The same up to ``length`` words."""
@@ -121,7 +125,7 @@ def _zipf(length: int, rng: random.Random, count: int) -> Stream:
     for fact in rng.sample(facts, count):
         text.state(*fact)
     while len(text) < length:
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and text.may_fill(length):
             text.fill(rng)
         text.ask(*rng.choices(facts, popularity)[0])
     return text
@@ -134,7 +138,7 @@ def _recency(length: int, rng: random.Random, count: int) -> Stream:
         if names:  # a stream so long that all names are given goes on asking for the last
             facts.append((names.pop(), rng.choice(CODES)))
             text.state(*facts[-1])
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and text.may_fill(length):
             text.fill(rng)
         text.ask(*rng.choice(facts[-count:]))
     return text
