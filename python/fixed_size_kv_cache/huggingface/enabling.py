@@ -7,14 +7,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from ..compat.capability import check_config, check_model, text_config
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..layer.layer import FixedSizeLayer
 from ..settings import FixedSizeCacheConfig, read_settings
 from . import generate_hook, marks, own_cache
 from .marks import Cap
+from .unwrapping import unwrap
 
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
@@ -100,7 +99,7 @@ def enable(
         FixedSizeDynamicCache(8 of 24 tokens held, cache_size=8)
         >>> handle.disable()
     """
-    model = unwrap(model_or_pipeline)
+    model = unwrap(model_or_pipeline, "enable")
     made = read_settings("enable", settings, _with_size(cache_size, fields))
     chunk = made.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
@@ -123,7 +122,7 @@ def enable(
 def disable(model_or_pipeline: Any) -> None:
     """Ends every ``enable`` of a model: its attention and generate() are as before. One that was never enabled stays as
     it is."""
-    marks.remove(unwrap(model_or_pipeline))
+    marks.remove(unwrap(model_or_pipeline, "enable"))
 
 
 class Default(contextlib.AbstractContextManager["Default"]):
@@ -183,29 +182,3 @@ def as_default(
 
 def _with_size(cache_size: int | None, fields: dict) -> dict:
     return fields if cache_size is None else {"cache_size": cache_size, **fields}
-
-
-def unwrap(model_or_pipeline: Any) -> Any:
-    """The model that generates, out of a pipeline, a PEFT model, or a compiled or parallel module."""
-    from transformers import PreTrainedModel
-
-    model, wrapped = model_or_pipeline, True
-    while wrapped:
-        wrapped = False
-        if hasattr(model, "_orig_mod"):  # torch.compile(model)
-            model, wrapped = model._orig_mod, True
-        elif hasattr(model, "get_base_model"):  # PEFT
-            model, wrapped = model.get_base_model(), True
-        elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "module", None), torch.nn.Module):
-            model, wrapped = (
-                model.module,
-                True,
-            )  # DistributedDataParallel, DataParallel, what Accelerator made of a model
-        elif not isinstance(model, PreTrainedModel) and isinstance(getattr(model, "model", None), PreTrainedModel):
-            model, wrapped = model.model, True  # a pipeline
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-        raise TypeError(
-            "enable: model_or_pipeline must be a model of transformers that can generate, or a pipeline, PEFT model, "
-            f"compiled or parallel module of one; got {type(model).__name__}"
-        )
-    return model

@@ -12,8 +12,9 @@ from torch.nn.functional import cross_entropy
 from ..compat.transformers import CACHE_NAME
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..settings import FixedSizeCacheConfig
-from .enabling import enable, unwrap
+from .enabling import enable
 from .marks import enabled
+from .unwrapping import unwrap
 
 
 def perplexity(
@@ -57,7 +58,7 @@ def perplexity(
         >>> perplexity(model, torch.arange(40), cache_size=16) > 1
         True
     """
-    model = unwrap(model)
+    model = unwrap(model, "perplexity")
     rows = torch.as_tensor(ids)
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or rows.shape[1] < 2 or rows.is_floating_point():
