@@ -32,7 +32,7 @@ def test_whole_numbers_of_other_libraries(number):
     assert all(type(x) is int for x in (settings.cache_size, settings.sink_tokens, settings.recent_tokens))
 
 
-@pytest.mark.parametrize("number", [24.0, "24", np.float32(24), True, np.bool_(True), [24]], ids=str)
+@pytest.mark.parametrize("number", [24.0, "24", np.float32(24), True, np.bool_(True), {24}, "[24]"], ids=str)
 def test_what_is_no_whole_number(number):
     with pytest.raises(TypeError, match="cache_size must be a whole number; got "):
         FixedSizeCacheConfig(cache_size=number)

@@ -4,6 +4,7 @@
 import contextlib
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 from ..compat.capability import check_config, check_model, text_config
@@ -43,12 +44,14 @@ class Enabled(contextlib.AbstractContextManager["Enabled"]):
         self.disable()
 
     def __repr__(self) -> str:
-        return f"Enabled({self._name}, cache_size={self.settings.cache_size})"
+        size = self.settings.average_size
+        on_average = "" if size == self.settings.cache_size else " on average"
+        return f"Enabled({self._name}, cache_size={size}{on_average})"
 
 
 def enable(
     model_or_pipeline: Any,
-    cache_size: int | None = None,
+    cache_size: int | Sequence | None = None,
     *,
     settings: FixedSizeCacheConfig | None = None,
     prefill_chunk_size: int | None = None,
@@ -64,7 +67,7 @@ def enable(
     Args:
         model_or_pipeline: a decoder-only model that can generate, or what holds one: a pipeline, a PEFT model, a
             compiled or parallel module. Of a model for images and text the text decoder is meant.
-        cache_size: tokens per layer and KV head.
+        cache_size: tokens per layer and KV head: one number, or one for each layer or for each KV head of each layer.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         prefill_chunk_size: longer prompts are read in chunks of so many tokens, so that memory stays at two caches and
             a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a

@@ -79,7 +79,7 @@ def perplexity(
     if cap is not None and settings is None and cache_size is None and not fields:
         settings = cap.settings
     with enable(model, cache_size, settings=settings, **fields) as handle, torch.inference_mode():
-        chunk = default_chunk_size(model, handle.settings.cache_size) if chunk_size is None else chunk_size
+        chunk = default_chunk_size(model, handle.settings.average_size) if chunk_size is None else chunk_size
         cache = FixedSizeDynamicCache(config=model.config, settings=handle.settings)
         rows, total = rows.to(model.device), 0.0
         starts = range(0, rows.shape[1] - 1, chunk)  # the last token is only predicted
