@@ -18,6 +18,9 @@ from .unwrapping import unwrap, virtual_tokens
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
 
+ENDED = "with: the handle must not have ended, nothing would be capped; got one that has; call {} again"
+
+
 class Enabled(contextlib.AbstractContextManager["Enabled"]):
     """What ``enable`` returns: one cap of a model, which ends with the block or with :meth:`disable`, whatever other
     blocks begin or end meanwhile, in whatever thread. It does not keep the model alive."""
@@ -39,6 +42,12 @@ class Enabled(contextlib.AbstractContextManager["Enabled"]):
         model = self._model()
         if model is not None:
             marks.remove(model, self._cap)
+
+    def __enter__(self) -> "Enabled":
+        model = self._model()
+        if model is None or not marks.holds(model, self._cap):
+            raise RuntimeError(ENDED.format("enable(model, ...)"))
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.disable()
@@ -158,6 +167,11 @@ class Default(contextlib.AbstractContextManager["Default"]):
             self._enabled.clear()
         for handle in handles:
             handle.disable()
+
+    def __enter__(self) -> "Default":
+        if self._enable not in generate_hook.DEFAULTS:
+            raise RuntimeError(ENDED.format("as_default(...)"))
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.disable()

@@ -54,6 +54,12 @@ def enabled(model: Any) -> Cap | None:
     return None if caps is None else caps.stack[-1]
 
 
+def holds(model: Any, cap: Cap) -> bool:
+    """Whether one cap of a model has not ended."""
+    caps = vars(model).get(MARK)
+    return caps is not None and any(other is cap for other in caps.stack)
+
+
 def enabled_with(config: Any) -> list:
     """The enabled models whose text decoder has this very config."""
     with LOCK:
