@@ -16,7 +16,9 @@ from test_mixed_models import tiny_model
 from test_modes import MODES, run
 from transformers import CompileConfig
 
-from fixed_size_kv_cache import FixedSizeDynamicCache, enable
+from fixed_size_kv_cache import FixedSizeDynamicCache, HeadProfile, enable, perplexity
+from fixed_size_kv_cache.head_budgets import head_budgets
+from fixed_size_kv_cache.head_profile import hash_config
 
 SIZES = [[24, 5, 12, 7], [12, 12, 12, 12], [6, 30, 8, 4]]  # the middle one is a layer of equal heads
 LARGE = [[64, 70, 90, 80], [64, 64, 64, 64], [65, 66, 67, 300]]
@@ -161,6 +163,58 @@ def test_layers_with_windows_have_no_size():
         model.generate(ids, past_key_values=cache, max_new_tokens=5, do_sample=False)
         at = own.index(True)
         assert cache.get_held_tokens(at).tolist() == [sizes[at]]
+
+
+ERRORS = [[0.0, 3.0, 1.0, 0.0], [0.5, 0.5, 0.5, 0.5], [2.0, 0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_a_profile_shares_the_size_out(from_file, tmp_path):
+    model, ids = tiny_llama(), tokens(1, 60)
+    profile = HeadProfile("tiny", 1, hash_config(model.config), ERRORS)
+    if from_file:
+        profile.save(tmp_path / "profile.json")
+        profile = tmp_path / "profile.json"
+    with enable(model, cache_size=12, head_profile=profile) as handle:
+        assert repr(handle) == "Enabled(LlamaForCausalLM, cache_size=12 on average)"
+        cache = run(model, ids).past_key_values
+    expected = head_budgets(ERRORS, 12, 0.25)
+    assert [cache.get_held_tokens(i)[0].tolist() for i in range(3)] == expected
+    assert sum(map(sum, expected)) == 12 * 12 and len({size for row in expected for size in row}) > 3
+    with enable(model, cache_size=12, static=True):
+        equal = run(model, ids).past_key_values
+    with enable(model, cache_size=12, static=True, head_profile=profile):
+        assert run(model, ids).past_key_values.nbytes == equal.nbytes + 2 * 4 * 4 * 4  # two layouts
+
+
+def test_the_floor_and_the_limit_of_a_profile():
+    model = tiny_llama()
+    profile = HeadProfile("tiny", 1, hash_config(model.config), ERRORS)
+    with enable(model, 12, head_profile=profile, head_floor=0.5, max_tokens=20) as handle:
+        assert handle.settings.cache_size == tuple(map(tuple, head_budgets(ERRORS, 12, 0.5, 20)))
+        assert handle.prefill_chunk_size == 512
+    with enable(model, 12, head_profile=profile, head_floor=1.0) as handle:
+        assert all(len(handle.settings.of_layer(i)) == 4 for i in range(3))
+
+
+def test_profiles_that_do_not_fit():
+    model = tiny_llama()
+    profile = HeadProfile("tiny", 1, hash_config(model.config), ERRORS)
+    with pytest.raises(ValueError, match="head_profile must be of the same model"):
+        enable(model, 12, head_profile=HeadProfile("other", 1, "0" * 16, ERRORS))
+    with pytest.raises(ValueError, match="enable: cache_size must be one number, the average, where a head_profile"):
+        enable(model, SIZES, head_profile=profile)
+    with pytest.raises(TypeError, match="enable: head_profile must be a HeadProfile or the path of one; got dict"):
+        enable(model, 12, head_profile={"output_error": ERRORS})
+    with pytest.raises(ValueError, match="head_budgets: floor must be from 0 to 1; got 2"):
+        enable(model, 12, head_profile=profile, head_floor=2)
+    assert repr(model).startswith("LlamaForCausalLM") and model.config._attn_implementation == "sdpa"
+
+
+def test_perplexity_with_a_profile():
+    model, ids = tiny_llama(), tokens(1, 40)
+    profile = HeadProfile("tiny", 1, hash_config(model.config), ERRORS)
+    assert perplexity(model, ids, 12, head_profile=profile) != perplexity(model, ids, 12)
 
 
 def test_sizes_of_another_model():

@@ -2,6 +2,7 @@
 """``enable(model)``: from here on every generate() of a model has a cache of fixed size."""
 
 import contextlib
+import os
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from typing import Any
 
 from ..compat.capability import check_config, check_model, text_config
 from ..dynamic_cache import FixedSizeDynamicCache
+from ..head_profile import HeadProfile
 from ..layer.layer import FixedSizeLayer
 from ..settings import FixedSizeCacheConfig, read_settings
 from . import generate_hook, marks, own_cache
+from .head_sizes import with_profile
 from .marks import Cap
 from .unwrapping import unwrap, virtual_tokens
 
@@ -64,6 +67,9 @@ def enable(
     *,
     settings: FixedSizeCacheConfig | None = None,
     prefill_chunk_size: int | None = None,
+    head_profile: HeadProfile | str | os.PathLike | None = None,
+    head_floor: float = 0.25,
+    max_tokens: int | None = None,
     **fields: Any,
 ) -> Enabled:
     """Caps the cache of every generate() of a model, from now on.
@@ -81,6 +87,10 @@ def enable(
         prefill_chunk_size: longer prompts are read in chunks of so many tokens, so that memory stays at two caches and
             a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a
             compiled generate() and for rotary embeddings that depend on the length come in one piece.
+        head_profile: a :class:`HeadProfile` of the model, or its file (``profile_heads``, ``fsdc profile``): then
+            ``cache_size`` is the average over all KV heads, and those that err more with few tokens get more of it.
+        head_floor: the share of ``cache_size`` that every head has then.
+        max_tokens: no head gets more then, such as the longest text there will be.
         **fields: ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
             ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``static``,
             ``policy``.
@@ -91,7 +101,7 @@ def enable(
 
     Raises:
         TypeError: for what is no model, and for unknown settings.
-        ValueError: for settings out of range.
+        ValueError: for settings out of range, and for the profile of another model.
         NotImplementedError: for a model whose cache cannot be capped, with the reason.
 
     Example:
@@ -115,6 +125,8 @@ def enable(
         raise ValueError(f"enable: prefill_chunk_size must be a whole number of at least 1; got {chunk!r}")
     check_config(model.config)
     check_model(model)
+    if head_profile is not None:
+        made = with_profile(made, head_profile, head_floor, max_tokens, model.config)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
     has_effect = any(isinstance(layer, FixedSizeLayer) for layer in cache.layers)
     cap = Cap(made, chunk, has_effect, virtual_tokens(model_or_pipeline))
