@@ -36,11 +36,11 @@ def of_recall(rows: list[dict], default: list[dict]) -> Difference:
     return Difference(100 * fmean(x for x, _ in parts), 100 * hypot(*(error for _, error in parts)) / len(parts))
 
 
-def of_divergence(rows: list[dict], default: list[dict]) -> Difference:
+def of_divergence(rows: list[dict], default: list[dict], figures: str = "kl_of_stories") -> Difference:
     """The divergence, in percent of the default's: the geometric mean over sizes, since it falls with the size."""
-    ratio, rest = 0.0, [0.0] * len(default[0]["kl_of_stories"])
+    ratio, rest = 0.0, [0.0] * len(default[0][figures])
     for row, usual in zip(rows, default, strict=True):
-        ours, theirs = row["kl_of_stories"], usual["kl_of_stories"]
+        ours, theirs = row[figures], usual[figures]
         mean, usual_mean = fmean(ours), fmean(theirs)
         ratio += log(mean / usual_mean) / len(rows)
         rest = [z + (x / mean - y / usual_mean) / len(rows) for z, x, y in zip(rest, ours, theirs, strict=True)]

@@ -17,10 +17,12 @@ from .operators import register as _register  # noqa: F401
 if TYPE_CHECKING:  # the same names, for editors and type checkers
     from . import reference as reference
     from .dynamic_cache import FixedSizeDynamicCache as FixedSizeDynamicCache
+    from .head_profile import HeadProfile as HeadProfile
     from .huggingface.enabling import as_default as as_default
     from .huggingface.enabling import disable as disable
     from .huggingface.enabling import enable as enable
     from .huggingface.measuring import perplexity as perplexity
+    from .huggingface.profiling import profile_heads as profile_heads
     from .layer.layer import FixedSizeLayer as FixedSizeLayer
     from .settings import FixedSizeCacheConfig as FixedSizeCacheConfig
 
@@ -28,10 +30,12 @@ _HUGGING_FACE = {
     "FixedSizeCacheConfig": "settings",
     "FixedSizeDynamicCache": "dynamic_cache",
     "FixedSizeLayer": "layer.layer",
+    "HeadProfile": "head_profile",
     "as_default": "huggingface.enabling",
     "disable": "huggingface.enabling",
     "enable": "huggingface.enabling",
     "perplexity": "huggingface.measuring",
+    "profile_heads": "huggingface.profiling",
 }
 
 __all__ = ["__version__", "reference", *_HUGGING_FACE]

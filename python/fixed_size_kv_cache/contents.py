@@ -9,6 +9,7 @@ from torch import Tensor
 from . import legacy
 from .compat.transformers import BaseCache
 from .layer.layer import FixedSizeLayer
+from .sizes import all_sizes
 
 
 class CacheContents(BaseCache):
@@ -36,13 +37,12 @@ class CacheContents(BaseCache):
 
     def get_held_tokens(self, layer_idx: int = 0) -> Tensor:
         """How many tokens each KV head of a layer holds, int64 ``[B, H]``."""
-        return (self._filled_layer(layer_idx).slots.tokens.positions >= 0).sum(-1)
+        return (self._filled_layer(layer_idx).positions >= 0).sum(-1)
 
     def get_positions(self, layer_idx: int = 0) -> Tensor:
         """Which tokens a layer holds, int32 ``[B, H, T]`` in the order of ``key_cache``: how many real tokens came
-        before each in its row, -1 where padding left a slot empty."""
-        layer = self._filled_layer(layer_idx)
-        return layer.slots.read(layer.tokens_held).positions.clone()
+        before each in its row, -1 where padding left a slot empty, and behind those of a head that has fewer slots."""
+        return self._filled_layer(layer_idx).positions.clone()
 
     def lost_attention(self, layer_idx: int = 0) -> Tensor:
         """The share of the last step's attention that went to evicted tokens, float32 ``[B, H]`` from 0 to 1.
@@ -69,14 +69,18 @@ class CacheContents(BaseCache):
 
     def __repr__(self) -> str:
         own = [layer for layer in self.layers if isinstance(layer, FixedSizeLayer)]
-        name, size = type(self).__name__, self.settings.cache_size
+        name, sizes = type(self).__name__, self.settings.cache_size
+        on_average = "" if isinstance(sizes, int) else " on average"
+        size = f"cache_size={self.settings.average_size}{on_average}"
         if self.layers and not own:
             return f"{name}({self.get_seq_length()} tokens seen, nothing capped: all layers are transformers' own)"
         if own and own[0]._seen is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return f"{name}(cache_size={size})"  # to ask the device would break the capture
-        held, seen = (own[0].tokens_held + own[0].tokens_recorded, own[0].tokens_seen) if own else (0, 0)
+            return f"{name}({size})"  # to ask the device would break the capture
+        folded, recorded = (own[0].tokens_folded, own[0].tokens_recorded) if own else (0, 0)
+        held = [min(folded, slots - self.settings.include_skipped) for slots in all_sizes(sizes)]
         where = "" if len(own) == len(self.layers) else f" by {len(own)} of {len(self.layers)} layers"
-        return f"{name}({held} of {seen} tokens held{where}, cache_size={size})"
+        seen = folded + recorded
+        return f"{name}({sum(held) // len(held) + recorded} of {seen} tokens held{on_average}{where}, {size})"
 
     def _filled_layer(self, layer_idx: int) -> FixedSizeLayer:
         layer = self._own_layer(layer_idx)

@@ -21,6 +21,7 @@ from .layer.attention import LogitRule
 from .layer.handoff import HANDOFF
 from .layer.layer import FixedSizeLayer
 from .layer.new_tokens import read_mask
+from .layer.unequal import UnequalLayer
 from .settings import FixedSizeCacheConfig, read_settings
 
 __all__ = ["FixedSizeDynamicCache"]
@@ -38,9 +39,9 @@ class FixedSizeDynamicCache(CacheContents):
         config: the model's config, or the model. Layers with a sliding window keep transformers' own cache, and so do
             the linear ones of hybrid models.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
-        **fields: ``cache_size``, ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
-            ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``static``,
-            ``policy``.
+        **fields: ``cache_size`` (one number, or one for each layer or KV head), ``sink_tokens``, ``recent_tokens``,
+            ``score_decay``, ``score_prior``, ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``,
+            ``free_memory``, ``static``, ``policy``.
         protected_spans: parts of the text that are never evicted, ``[(start, stop), ...]``: half-open positions of real
             tokens (padding is not counted), one list for all rows or one per row.
 
@@ -78,15 +79,16 @@ class FixedSizeDynamicCache(CacheContents):
             )
         config = getattr(config, "config", config)  # of a model
         made = read_settings("FixedSizeDynamicCache", settings, fields)
-        new_layer = functools.partial(FixedSizeLayer, made, protected_spans)
-        new_layer()  # checks the spans
         if config is not None:
             check_config(config)
         init_cache(self, config)
         check_layers(self.layers, config)
         self.settings, self.protected_spans = made, protected_spans
         self.stock_layers = copy.deepcopy(self.layers)  # as they were, empty
-        self.layers = [new_layer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self._check_sizes()
+        self.layers = [
+            self.new_layer(i) if type(layer) is DynamicLayer else layer for i, layer in enumerate(self.layers)
+        ]
         self.record_past = False  # of layers that come later
         self.layer_class_to_replicate = None  # we append layers ourselves
         own = [i for i, layer in enumerate(self.layers) if isinstance(layer, FixedSizeLayer)]
@@ -95,6 +97,27 @@ class FixedSizeDynamicCache(CacheContents):
         self.is_past_checked = False  # while generate() runs, which has looked at its mask at the start
         self.trained_positions = None if config is None else trained_positions(config)
         self.made_for = None if config is None else describe(config)  # for saving
+
+    def new_layer(self, i: int) -> FixedSizeLayer:
+        """An empty layer of ours with the settings of layer ``i``."""
+        heads = self.settings.of_layer(i)
+        if len(set(heads)) > 1:
+            return UnequalLayer(heads, self.protected_spans)
+        layer = FixedSizeLayer(heads[0], self.protected_spans)
+        layer.head_count = len(heads) if len(heads) > 1 else None
+        return layer
+
+    def _check_sizes(self) -> None:
+        """And spans, which must fit into the layers that are yet to come."""
+        sizes = self.settings.cache_size
+        if isinstance(sizes, int):
+            self.new_layer(0)
+        elif self.layers and len(sizes) != len(self.layers):
+            raise ValueError(f"cache_size must have a size for each of the {len(self.layers)} layers; got {len(sizes)}")
+        elif not self.layers:
+            for i in range(len(sizes)):
+                if sizes[i] != ():
+                    self.new_layer(i)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "settings" and name in vars(self):
@@ -122,7 +145,7 @@ class FixedSizeDynamicCache(CacheContents):
         if not isinstance(layer_idx, int) or layer_idx < 0:
             raise TypeError(f"update: layer_idx must be a whole number of at least 0; got {layer_idx!r}")
         while len(self.layers) <= layer_idx:
-            self.layers.append(FixedSizeLayer(self.settings, self.protected_spans))
+            self.layers.append(self.new_layer(len(self.layers)))
             self.layers[-1].record_past = self.record_past
         layer = self.layers[layer_idx]
         if not isinstance(layer, FixedSizeLayer):

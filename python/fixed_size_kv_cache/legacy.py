@@ -56,8 +56,8 @@ def _adopt_step(cls: type, cache: Cache, layer_idx: int | None) -> Any:
     fresh = cls()  # before anything is changed: settings may be refused
     drop_stock_storage(cache)
     _become(cache, fresh)
-    for held in contents:
-        layer = FixedSizeLayer(cache.settings)
+    for i, held in enumerate(contents):
+        layer = cache.new_layer(i)
         cache.layers.append(layer)
         if held is not None:  # the stock update has run: its tokens are this step's
             layer.update(held.keys, held.values)
@@ -78,8 +78,8 @@ def _become(cache: Cache, fresh: Cache) -> None:
 
 def _from_tuple(cls: type, tensors: Any) -> Any:
     cache = cls()
-    for keys, values, *_ in tensors:
-        layer = FixedSizeLayer(cache.settings)
+    for i, (keys, values, *_) in enumerate(tensors):
+        layer = cache.new_layer(i)
         cache.layers.append(layer)
         layer.load(keys, values)
     return cache

@@ -112,7 +112,7 @@ def _restore(cache: Any, i: int, kind: str, saved: Saved, about: dict) -> None:
                 f"load: config must be given for a model with layers of transformers' own; got None, and layer {i} is a"
                 f" {kind}"
             )
-        cache.layers.append(FixedSizeLayer(cache.settings, cache.protected_spans))
+        cache.layers.append(cache.new_layer(i))
     layer = cache.layers[i]
     has = "fixed" if isinstance(layer, FixedSizeLayer) else type(layer).__name__
     if has != kind:

@@ -2,10 +2,13 @@
 """What a cache is told when it is made: its size, its rule, and the three environment variables."""
 
 import functools
-import operator
+import math
 import os
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from .sizes import as_whole, average, check_whole, read_sizes
 
 POLICIES = ("attention", "streaming", "random")
 SKIPPED_MODES = ("mean", "sum")
@@ -24,10 +27,14 @@ class FixedSizeCacheConfig:
 
     Args:
         cache_size: tokens per layer and KV head, at least 1. With ``include_skipped`` one of them is the entry of the
-            skipped tokens, so at least 2.
+            skipped tokens, so at least 2. A sequence has one for each layer of the model, and a sequence of sequences
+            one for each KV head of each layer; layers that keep transformers' own cache have ``None``.
         sink_tokens: the first tokens of each row, never evicted. Default ``min(4, N // 24)`` of the ``N`` token slots.
-        recent_tokens: the last tokens of each row, never evicted. Default ``N // 4``.
-        score_decay: gamma in (0, 1], what is left of a score after each query. Default ``1 - 4 / max(cache_size, 8)``.
+            Where sizes differ this is said of a head of the average size: smaller ones have their share, rounded up.
+        recent_tokens: the last tokens of each row, never evicted. Default ``N // 4``. Where sizes differ each head has
+            its share, rounded down.
+        score_decay: gamma in (0, 1], what is left of a score after each query. Default ``1 - 4 / max(cache_size, 8)``;
+            of sizes that differ the average.
         score_prior: attention, per query head of the group, that every token is credited with, so that a token nobody
             has asked for yet can outlive a redundant one that was attended to; at least 0.
         value_weight: weigh a score with the norm of the token's value.
@@ -51,7 +58,7 @@ class FixedSizeCacheConfig:
         100
     """
 
-    cache_size: int | None = None
+    cache_size: int | Sequence | None = None
     sink_tokens: int | None = None
     recent_tokens: int | None = None
     score_decay: float | None = None
@@ -72,26 +79,46 @@ class FixedSizeCacheConfig:
         choose("include_skipped", lambda: read_bool(INCLUDE_SKIPPED, False))
         choose("free_memory", lambda: read_bool(FREE_MEMORY, False))
         choose("cache_size", lambda: read_size(CACHE_SIZE, 1024))
-        for name in ("cache_size", "sink_tokens", "recent_tokens"):
-            object.__setattr__(self, name, _as_int(getattr(self, name)))
         self._check_switches()
-        _check_int("cache_size", self.cache_size, 2 if self.include_skipped else 1)
+        object.__setattr__(self, "cache_size", read_sizes(self.cache_size, 2 if self.include_skipped else 1))
+        for name in ("sink_tokens", "recent_tokens"):
+            object.__setattr__(self, name, as_whole(getattr(self, name)))
         choose("sink_tokens", min(4, self.slots // 24))
-        _check_int("sink_tokens", self.sink_tokens, 0)
+        check_whole("sink_tokens", self.sink_tokens, 0)
         choose("recent_tokens", max(0, min(self.slots // 4, self.slots - self.sink_tokens)))
-        _check_int("recent_tokens", self.recent_tokens, 0)
-        choose("score_decay", 1 - 4 / max(self.cache_size, 8))
+        check_whole("recent_tokens", self.recent_tokens, 0)
+        choose("score_decay", 1 - 4 / max(float(average(self.cache_size)), 8))
         self._check_rest()
 
     @property
+    def average_size(self) -> int:
+        """``cache_size``; where sizes differ their average over all KV heads, rounded down."""
+        return self.cache_size if isinstance(self.cache_size, int) else int(average(self.cache_size))
+
+    @property
     def slots(self) -> int:
-        """Tokens that are held, N: ``cache_size``, less the entry of the skipped ones."""
-        return self.cache_size - 1 if self.include_skipped else self.cache_size
+        """Tokens that are held, N: :attr:`average_size`, less the entry of the skipped ones."""
+        return self.average_size - 1 if self.include_skipped else self.average_size
 
     @property
     def prefill_chunk_size(self) -> int:
         """Tokens of a long prompt that generate() of an enabled model reads at a time, unless told otherwise."""
-        return max(512, self.cache_size)
+        return max(512, self.average_size)
+
+    def of_layer(self, i: int) -> "tuple[FixedSizeCacheConfig, ...]":
+        """The settings of one layer: one for all of its KV heads, or one for each.
+
+        Raises:
+            ValueError: where ``cache_size`` has none for this layer.
+        """
+        if isinstance(self.cache_size, int):
+            return (self,)
+        sizes = self.cache_size[i] if i < len(self.cache_size) else ()
+        if sizes == ():
+            raise ValueError(
+                f"cache_size must have a size for each layer whose cache is capped; got none for layer {i}"
+            )
+        return tuple(_of_size(self, size) for size in ((sizes,) if isinstance(sizes, int) else sizes))
 
     def _check_switches(self) -> None:
         for name in ("value_weight", "include_skipped", "free_memory", "static"):
@@ -168,16 +195,10 @@ def read_bool(name: str, default: bool) -> bool:
     return word in _TRUE
 
 
-def _as_int(value: object) -> object:
-    """Whole numbers of NumPy and torch as Python's; others are left for the checks."""
-    try:
-        return value if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        return value
-
-
-def _check_int(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
+@functools.lru_cache(maxsize=4096)
+def _of_size(settings: FixedSizeCacheConfig, size: int) -> FixedSizeCacheConfig:
+    """The settings of a head, whose edges are as large as its share of what the settings say of an average one."""
+    entry = 1 if settings.include_skipped else 0
+    share = (size - entry) / (average(settings.cache_size) - entry)
+    sinks = min(settings.sink_tokens, math.ceil(settings.sink_tokens * share))
+    return replace(settings, cache_size=size, sink_tokens=sinks, recent_tokens=int(settings.recent_tokens * share))

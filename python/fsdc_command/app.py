@@ -126,6 +126,23 @@ def perplexity(
         measuring.run(model, cache_size, text, chunk_size, dtype.value, device, compare, as_json)
 
 
+@app.command()
+def profile(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, JSON.")],
+    model: Model = None,
+    text: Annotated[list[Path] | None, typer.Option(help="A file to read, not our own texts; may be repeated.")] = None,
+    length: Annotated[int, typer.Option(min=65, help="Tokens of each text.")] = 600,
+    dtype: DtypeOfWeights = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure how much each KV head of a model needs the whole text, and write it to a file."""
+    with _refusals("profile"):
+        from fixed_size_kv_cache.cli import profile as profiling
+
+        profiling.run(model, output, text or [], length, dtype.value, device, as_json)
+
+
 def _text(stdin: str | None, prompt: str | None, prompt_file: Path | None) -> str:
     """The one text that was given."""
     if stdin not in (None, "-"):

@@ -24,6 +24,7 @@ from fixed_size_kv_cache import enable
 
 NEW_TOKENS = 24
 SIZES = (256, 32)  # no eviction; eviction
+HEADS = "heads"  # a size for each KV head
 CHUNK = 64  # tokens of a prompt that are read at a time
 SHARED_PROMPT = 100  # tokens, of a tensor parallel run: all processes have the same prompt
 OWN_PROMPTS = (50, 90)  # of a data parallel run: each has its own, one within a chunk, one beyond
@@ -34,12 +35,22 @@ def prompt(model: Any, length: int) -> torch.Tensor:
     return torch.randint(3, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(length))
 
 
-def generate(model: Any, ids: torch.Tensor, cache_size: int | None, chunk: int = CHUNK, **arguments: Any) -> dict:
+def sizes_of_heads(config: Any) -> list[list[int]]:
+    """``[layers][heads]``, 32 on average."""
+    sizes = (20, 60, 36, 12)
+    return [
+        [sizes[(i + h) % len(sizes)] for h in range(config.num_key_value_heads)]
+        for i in range(config.num_hidden_layers)
+    ]
+
+
+def generate(model: Any, ids: torch.Tensor, cache_size: int | str | None, chunk: int = CHUNK, **arguments: Any) -> dict:
     """The tokens, and the positions that each layer holds; None: the stock cache."""
     greedy = dict(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
     arguments = greedy | arguments
     if cache_size is None:
         return {"tokens": model.generate(ids, **arguments).sequences}
+    cache_size = sizes_of_heads(model.config) if cache_size == HEADS else cache_size
     with enable(model, cache_size=cache_size, prefill_chunk_size=chunk):
         out = model.generate(ids, **arguments)
     layers = range(model.config.num_hidden_layers)
@@ -91,7 +102,7 @@ def main(folder: Path) -> None:
     for name in sorted(path.name for path in folder.iterdir() if path.is_dir()):
         model = tensor_parallel(folder / name)
         ids, chunks = prompt(model, SHARED_PROMPT), dict(prefill_chunk_size=CHUNK)  # stock's too, to be counted alike
-        for size in (None, *SIZES):
+        for size in (None, *SIZES, HEADS):
             found["tensor parallel", name, size] = count_collectives(model, ids, size, **chunks)
     model = fsdp(folder / "random")
     ids = prompt(model, OWN_PROMPTS[rank])

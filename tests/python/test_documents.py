@@ -14,9 +14,9 @@ import torch
 from processes import run_program
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fixed_size_kv_cache import dynamic_cache, settings
+from fixed_size_kv_cache import dynamic_cache, head_profile, settings
 from fixed_size_kv_cache.compat.transformers import CACHE_NAME
-from fixed_size_kv_cache.huggingface import enabling
+from fixed_size_kv_cache.huggingface import enabling, profiling
 from fixed_size_kv_cache.layer import score_rule
 from fixed_size_kv_cache.operators import reference
 from fixed_size_kv_cache.recall import MODEL
@@ -132,9 +132,17 @@ class Parser(doctest.DocTestParser):
 
 
 def test_docstring_examples():
-    for module, least in ((reference, 6), (dynamic_cache, 5), (settings, 1), (enabling, 7)):
+    for module, least in (
+        (reference, 6),
+        (dynamic_cache, 5),
+        (settings, 1),
+        (enabling, 7),
+        (head_profile, 2),
+        (profiling, 5),
+    ):
         names = {"torch": torch, "FixedSizeDynamicCache": dynamic_cache.FixedSizeDynamicCache}
         names |= {"enable": enabling.enable, "FixedSizeCacheConfig": settings.FixedSizeCacheConfig}
+        names |= {"HeadProfile": head_profile.HeadProfile, "profile_heads": profiling.profile_heads}
         tests = doctest.DocTestFinder(parser=Parser()).find(module, extraglobs=names)
         results = [doctest.DocTestRunner().run(test) for test in tests]
         assert sum(result.attempted for result in results) >= least

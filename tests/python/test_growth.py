@@ -143,13 +143,13 @@ def test_a_chunk_that_grows_the_buffers_frees_the_old_first(monkeypatch):
     cache, alive = FixedSizeDynamicCache(cache_size=SIZE), []
     read(cache, 6)
     old = [weakref.ref(x) for x in cache.layers[0].slots.tokens]
-    lengthen = slots_module._lengthen
+    moved = slots_module._moved
 
     def watched(*args):
         alive.extend(x() is not None for x in old)
-        return lengthen(*args)
+        return moved(*args)
 
-    monkeypatch.setattr(slots_module, "_lengthen", watched)
+    monkeypatch.setattr(slots_module, "_moved", watched)
     read(cache, 6)
     assert alive and not any(alive)
 
@@ -162,7 +162,7 @@ def test_no_room_to_grow_leaves_a_cache_that_can_be_reset(monkeypatch):
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(slots_module, "_lengthen", full)
+        patch.setattr(slots_module, "_moved", full)
         with pytest.raises(torch.OutOfMemoryError, match=r"cache_size must .* got 1000.*, of which 12 tokens of "):
             read(cache, 6)
     cache.reset()

@@ -123,7 +123,12 @@ DESCRIBED = (
 def describe(config: Any) -> dict[str, Any]:
     """What a cache made for one model and another model must have in common, as far as the config says it."""
     text = text_config(config)
-    return {name: getattr(text, name, None) for name in DESCRIBED}
+    found = {name: getattr(text, name, None) for name in DESCRIBED}
+    if found["num_key_value_heads"] is None:  # some versions leave out what is usual
+        found["num_key_value_heads"] = found["num_attention_heads"]
+    if found["head_dim"] is None and isinstance(found["num_attention_heads"], int):
+        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    return found
 
 
 def text_config(config: Any) -> Any:

@@ -2,19 +2,21 @@
 """``enable(model)``: from here on every generate() of a model has a cache of fixed size."""
 
 import contextlib
+import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from ..compat.capability import check_config, check_model, is_prefix_tuning, text_config
+from ..compat.capability import check_config, check_model, text_config
 from ..dynamic_cache import FixedSizeDynamicCache
+from ..head_profile import HeadProfile
 from ..layer.layer import FixedSizeLayer
 from ..settings import FixedSizeCacheConfig, read_settings
 from . import generate_hook, marks, own_cache
+from .head_sizes import with_profile
 from .marks import Cap
+from .unwrapping import unwrap, virtual_tokens
 
 __all__ = ["Enabled", "as_default", "disable", "enable"]
 
@@ -54,15 +56,20 @@ class Enabled(contextlib.AbstractContextManager["Enabled"]):
         self.disable()
 
     def __repr__(self) -> str:
-        return f"Enabled({self._name}, cache_size={self.settings.cache_size})"
+        size = self.settings.average_size
+        on_average = "" if size == self.settings.cache_size else " on average"
+        return f"Enabled({self._name}, cache_size={size}{on_average})"
 
 
 def enable(
     model_or_pipeline: Any,
-    cache_size: int | None = None,
+    cache_size: int | Sequence[int | Sequence[int] | None] | None = None,
     *,
     settings: FixedSizeCacheConfig | None = None,
     prefill_chunk_size: int | None = None,
+    head_profile: HeadProfile | str | os.PathLike | None = None,
+    head_floor: float = 0.25,
+    max_tokens: int | None = None,
     **fields: Any,
 ) -> Enabled:
     """Caps the cache of every generate() of a model, from now on.
@@ -75,11 +82,15 @@ def enable(
     Args:
         model_or_pipeline: a decoder-only model that can generate, or what holds one: a pipeline, a PEFT model, a
             compiled or parallel module. Of a model for images and text the text decoder is meant.
-        cache_size: tokens per layer and KV head.
+        cache_size: tokens per layer and KV head: one number, or one for each layer or for each KV head of each layer.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         prefill_chunk_size: longer prompts are read in chunks of so many tokens, so that memory stays at two caches and
             a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a
             compiled generate() and for rotary embeddings that depend on the length come in one piece.
+        head_profile: a :class:`HeadProfile` of the model, or its file (``profile_heads``, ``fsdc profile``): then
+            ``cache_size`` is the average over all KV heads, and those that err more with few tokens get more of it.
+        head_floor: the share of ``cache_size`` that every head has then.
+        max_tokens: no head gets more then, such as the longest text there will be.
         **fields: ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
             ``value_weight``, ``redundancy``, ``include_skipped``, ``skipped_mode``, ``free_memory``, ``static``,
             ``policy``.
@@ -90,7 +101,7 @@ def enable(
 
     Raises:
         TypeError: for what is no model, and for unknown settings.
-        ValueError: for settings out of range.
+        ValueError: for settings out of range, and for the profile of another model.
         NotImplementedError: for a model whose cache cannot be capped, with the reason.
 
     Example:
@@ -107,13 +118,15 @@ def enable(
         FixedSizeDynamicCache(8 of 24 tokens held, cache_size=8)
         >>> handle.disable()
     """
-    model = unwrap(model_or_pipeline)
+    model = unwrap(model_or_pipeline, "enable")
     made = read_settings("enable", settings, _with_size(cache_size, fields))
     chunk = made.prefill_chunk_size if prefill_chunk_size is None else prefill_chunk_size
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"enable: prefill_chunk_size must be a whole number of at least 1; got {chunk!r}")
     check_config(model.config)
     check_model(model)
+    if head_profile is not None:
+        made = with_profile(made, head_profile, head_floor, max_tokens, model.config)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
     has_effect = any(isinstance(layer, FixedSizeLayer) for layer in cache.layers)
     cap = Cap(made, chunk, has_effect, virtual_tokens(model_or_pipeline))
@@ -131,7 +144,7 @@ def enable(
 def disable(model_or_pipeline: Any) -> None:
     """Ends every ``enable`` of a model: its attention and generate() are as before. One that was never enabled stays as
     it is."""
-    marks.remove(unwrap(model_or_pipeline))
+    marks.remove(unwrap(model_or_pipeline, "enable"))
 
 
 class Default(contextlib.AbstractContextManager["Default"]):
@@ -197,44 +210,3 @@ def as_default(
 
 def _with_size(cache_size: int | None, fields: dict) -> dict:
     return fields if cache_size is None else {"cache_size": cache_size, **fields}
-
-
-def unwrap(model_or_pipeline: Any) -> Any:
-    """The model that generates, out of a pipeline, a PEFT model, or a compiled or parallel module."""
-    from transformers import PreTrainedModel
-
-    *_, model = wrappers(model_or_pipeline)
-    if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-        raise TypeError(
-            "enable: model_or_pipeline must be a model of transformers that can generate, or a pipeline, PEFT model, "
-            f"compiled or parallel module of one; got {type(model).__name__}"
-        )
-    return model
-
-
-def wrappers(model: Any) -> Iterator[Any]:
-    """What was handed over, and what each wrapper holds, down to the model."""
-    yield model
-    while (model := _held_by(model)) is not None:
-        yield model
-
-
-def _held_by(wrapper: Any) -> Any:
-    from transformers import PreTrainedModel
-
-    if hasattr(wrapper, "_orig_mod"):  # torch.compile(model)
-        return wrapper._orig_mod
-    if hasattr(wrapper, "get_base_model"):  # PEFT
-        return wrapper.get_base_model()
-    if isinstance(wrapper, PreTrainedModel):
-        return None
-    if isinstance(module := getattr(wrapper, "module", None), torch.nn.Module):
-        return module  # DistributedDataParallel, DataParallel, what Accelerator made of a model
-    model, is_module = getattr(wrapper, "model", None), isinstance(wrapper, torch.nn.Module)
-    return model if isinstance(model, PreTrainedModel) or not is_module else None  # a pipeline, or a user's module
-
-
-def virtual_tokens(model_or_pipeline: Any) -> int:
-    """How many of them a PEFT model of prefix tuning puts before every text."""
-    configs = [getattr(each, "active_peft_config", None) for each in wrappers(model_or_pipeline)]
-    return max((config.num_virtual_tokens for config in configs if is_prefix_tuning(config)), default=0)

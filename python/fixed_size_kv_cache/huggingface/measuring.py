@@ -13,8 +13,9 @@ from ..compat.capability import forgets_state
 from ..compat.transformers import CACHE_NAME
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..settings import FixedSizeCacheConfig
-from .enabling import enable, unwrap
+from .enabling import enable
 from .marks import enabled
+from .unwrapping import unwrap
 
 
 def perplexity(
@@ -59,7 +60,7 @@ def perplexity(
         >>> perplexity(model, torch.arange(40), cache_size=16) > 1
         True
     """
-    model = unwrap(model)
+    model = unwrap(model, "perplexity")
     rows = torch.as_tensor(ids)
     rows = rows[None] if rows.dim() == 1 else rows
     if rows.dim() != 2 or rows.shape[1] < 2 or rows.is_floating_point():
@@ -78,7 +79,7 @@ def perplexity(
     if cap is not None and settings is None and cache_size is None and not fields:
         settings = cap.settings
     with enable(model, cache_size, settings=settings, **fields) as handle, torch.inference_mode():
-        chunk = default_chunk_size(model, handle.settings.cache_size) if chunk_size is None else chunk_size
+        chunk = default_chunk_size(model, handle.settings.average_size) if chunk_size is None else chunk_size
         cache = FixedSizeDynamicCache(config=model.config, settings=handle.settings)
         rows, total = rows.to(model.device), 0.0
         starts = range(0, rows.shape[1] - 1, chunk)  # the last token is only predicted

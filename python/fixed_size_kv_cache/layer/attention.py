@@ -49,6 +49,10 @@ class Skipped(NamedTuple):
         n = count.clamp(min=1)[..., None]
         return self.keys / n, self.values / n, count.log()
 
+    def of_head(self, h: int) -> "Skipped":
+        """That of one KV head, as views ``[B, 1, ...]``."""
+        return Skipped(*(x[:, h : h + 1] for x in self[:-1]), self.mode)
+
     def as_arguments(self) -> dict[str, Tensor | bool]:
         """As ``decode_attention_`` and ``chunk_attention_`` take it."""
         return {

@@ -117,17 +117,20 @@ def raise_redundancy(settings: FixedSizeCacheConfig, stage: Stage, every: Tokens
 
 def keep(slots: Slots, settings: FixedSizeCacheConfig, stage: Stage, every: Tokens, query_heads: int) -> None:
     """Puts those that stay into the slots."""
-    N = settings.slots
     slots.seen += stage.queries if stage.valid is None else stage.valid.sum(-1, dtype=torch.int32)
-    if every.positions.shape[2] > N:
-        eviction = score_rule.eviction_scores(every, slots.seen, settings, query_heads // every.positions.shape[1])
-        keys, values, kept = truncate(every.keys, every.values, eviction, N)
-        if slots.skipped is not None:
-            evicted = (every.positions >= 0).scatter(2, kept, False)
-            slots.skipped.add(every.keys, every.values, evicted)
-        facts = every.facts.gather(3, kept.expand(FACTS, -1, -1, -1))
-        every = Tokens(keys, values, facts, every.positions.gather(2, kept))
-    slots.hold(every)
+    slots.hold(cut(every, slots.seen, settings, query_heads // every.positions.shape[1], slots.skipped))
+
+
+def cut(every: Tokens, seen: Tensor, settings: FixedSizeCacheConfig, group: int, skipped: Skipped | None) -> Tokens:
+    """The tokens that stay; the others are added to the entry of the evicted ones."""
+    N = settings.slots
+    if every.positions.shape[2] <= N:
+        return every
+    keys, values, kept = truncate(every.keys, every.values, score_rule.eviction_scores(every, seen, settings, group), N)
+    if skipped is not None:
+        evicted = (every.positions >= 0).scatter(2, kept, False)
+        skipped.add(every.keys, every.values, evicted)
+    return Tokens(keys, values, every.facts.gather(3, kept.expand(FACTS, -1, -1, -1)), every.positions.gather(2, kept))
 
 
 def add_column_sums_(

@@ -60,9 +60,10 @@ def attend_fused(
         sinks=rule.sinks,
         valid=None if stage.valid is None else stage.valid[:, 0],
         protected=None if slots.spans is None else in_spans(slots.spans, slots.seen[:, None])[:, 0],
+        head_layout=slots.layout,
         **entry,
     )
-    if settings.slots == T:
+    if slots.least <= T:
         slots.is_ordered = False
     return output
 

@@ -37,22 +37,26 @@ class FixedSizeLayer(LayerState):
             self._make_room_for(key_states, value_states)
         if self.recorded is not None and not self.record_past:
             self.crop(0)
-        if Q == 1 and not self.record_past:
-            T = self.settings.slots if torch.compiler.is_compiling() else self.tokens_held
-            keys, values = self.slots.put_behind(T, key_states, value_states)
-        else:
-            before = [self.slots.order(self.tokens_held), *([] if self.recorded is None else [self.recorded])]
-            keys = torch.cat([*(x.keys for x in before), key_states], dim=2)
-            values = torch.cat([*(x.values for x in before), value_states], dim=2)
-            T = keys.shape[2] - Q
-        self.staged = Stage(key_states, value_states, keys, values, Q, T)
-        return keys, values
+        stage = self._stage_one if Q == 1 and not self.record_past else self._stage_many
+        self.staged = stage(key_states, value_states)
+        return self.staged.all_keys, self.staged.all_values
+
+    def _stage_one(self, keys: Tensor, values: Tensor) -> Stage:
+        T = self.settings.slots if torch.compiler.is_compiling() else self.tokens_held
+        return Stage(keys, values, *self.slots.put_behind(T, keys, values), 1, T)
+
+    def _stage_many(self, keys: Tensor, values: Tensor) -> Stage:
+        before = [self.slots.order(self.tokens_held), *([] if self.recorded is None else [self.recorded])]
+        all_keys = torch.cat([*(x.keys for x in before), keys], dim=2)
+        all_values = torch.cat([*(x.values for x in before), values], dim=2)
+        Q = keys.shape[2]
+        return Stage(keys, values, all_keys, all_values, Q, all_keys.shape[2] - Q)
 
     def _make_room_for(self, keys: Tensor, values: Tensor) -> None:
         if keys.dim() != 4 or keys.shape[:3] != values.shape[:3]:
             raise ValueError(sizes_differ(keys, values))
         if self.slots is not None and self.tokens_seen != 0:
-            held = list(self.slots.tokens.keys.shape[:2])
+            held = [self.slots.seen.shape[0], self.slots.heads_held]
             raise ValueError(
                 f"update: new keys must be like those in the cache, {held} of {self.dtype} on {self.device}; got "
                 f"{list(keys.shape[:2])} of {keys.dtype} on {keys.device}; call reset() to begin anew"
@@ -75,9 +79,7 @@ class FixedSizeLayer(LayerState):
         if query.dtype != self.dtype:  # under autocast
             query = query.to(self.dtype)
         if self.record_past:
-            output = attention.attend(
-                query, stage.all_keys, stage.all_values, self._visibility(stage), rule, self.skipped
-            )
+            output = self._attend_recorded(stage, query, rule)
             this = Recorded(stage.keys, stage.values, query, stage.new, rule)
             self.recorded = this if self.recorded is None else self.recorded.then(this)
             self._seen += stage.queries
@@ -87,10 +89,16 @@ class FixedSizeLayer(LayerState):
         if stage.queries == 1:
             output = decode.attend(self.slots, self.settings, stage, query, rule)
         else:
-            visibility = self._visibility(stage)
-            output = chunk.attend(self.slots, self.settings, stage, query, rule, visibility, self.skipped)
+            output = self._attend_many(stage, query, rule)
         self._end(stage)
         return output
+
+    def _attend_recorded(self, stage: Stage, query: Tensor, rule: LogitRule) -> Tensor:
+        """Attention to what is held, what was recorded and the new tokens; nobody votes until it is known who stays."""
+        return attention.attend(query, stage.all_keys, stage.all_values, self._visibility(stage), rule, self.skipped)
+
+    def _attend_many(self, stage: Stage, query: Tensor, rule: LogitRule) -> Tensor:
+        return chunk.attend(self.slots, self.settings, stage, query, rule, self._visibility(stage), self.skipped)
 
     def fold(self, weights: Tensor | None) -> None:
         """Ends the step with attention weights ``[B, Hq, Q, T + Q]``; without, as if it had seen nothing."""
@@ -218,9 +226,9 @@ class FixedSizeLayer(LayerState):
         self.record_past = was
 
     def _crop_slots(self, remove: int) -> None:
-        if self.tokens_seen > self.settings.slots:
+        if self.tokens_seen > self.slots.least:
             raise RuntimeError(
-                f"crop: tokens can be taken back only until something is evicted, up to {self.settings.slots} tokens; "
+                f"crop: tokens can be taken back only until something is evicted, up to {self.slots.least} tokens; "
                 f"got {self.tokens_seen} tokens seen; call cache.activate_past_recording() before the tokens that are "
                 "to be taken back, or go on from a copy of the cache, copy.deepcopy(cache)"
             )

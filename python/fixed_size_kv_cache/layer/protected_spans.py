@@ -11,13 +11,14 @@ from ..settings import FixedSizeCacheConfig
 Span = tuple[int, int]  # first position, and the one after the last
 
 
-def read_spans(spans: Sequence | None, settings: FixedSizeCacheConfig) -> list[list[Span]]:
+def read_spans(spans: Sequence | None, settings: FixedSizeCacheConfig, by: str = "") -> list[list[Span]]:
     """Spans per row: one list for all rows, or one for each.
 
     Args:
         spans: ``[(start, stop), ...]``, half-open positions of real tokens (padding is not counted), or a list of such
             lists.
         settings: whose slots they must leave room in.
+        by: whose these are, for the error.
 
     Raises:
         TypeError: for anything that is not a list of pairs of whole numbers.
@@ -37,8 +38,9 @@ def read_spans(spans: Sequence | None, settings: FixedSizeCacheConfig) -> list[l
             end = max(end, stop)
         if sinks + recent + more > settings.slots:
             raise ValueError(
-                f"protected_spans must leave room in the {settings.slots} tokens that are held; got {sinks} sink_tokens"
-                f" + {recent} recent_tokens + {more} tokens of spans; use a larger cache_size or fewer recent_tokens"
+                f"protected_spans must leave room in the {settings.slots} tokens that are held{by}; got {sinks} "
+                f"sink_tokens + {recent} recent_tokens + {more} tokens of spans; use a larger cache_size or fewer "
+                "recent_tokens"
             )
     return [[(int(start), int(stop)) for start, stop in row] for row in rows]
 

@@ -31,7 +31,7 @@ class Saved:
         if slots.skipped is not None:
             tensors |= zip(SKIPPED, slots.skipped[:-1], strict=True)
         facts = {name: getattr(slots, name) for name in ("is_ordered", "may_have_holes")}
-        return cls(tensors, {"columns": layer.tokens_seen, "group": layer.group, **facts})
+        return cls(tensors, {"columns": layer.tokens_seen, "heads": slots.heads_held, "group": layer.group, **facts})
 
     def restore(self, layer: FixedSizeLayer) -> None:
         """Into an empty layer.
@@ -44,9 +44,10 @@ class Saved:
             return
         self._check(layer)
         layer._seen, layer.group = facts["columns"], facts["group"]
-        layer.lazy_initialization(tensors["keys"], tensors["values"])
+        like = (x.new_empty(x.shape[0], facts["heads"], 0, x.shape[-1]) for x in (tensors["keys"], tensors["values"]))
+        layer.lazy_initialization(*like)
         slots = layer.slots
-        slots.hold(Tokens(*(tensors[name] for name in Tokens._fields)))
+        slots.hold_rows(Tokens(*(tensors[name] for name in Tokens._fields)), layer.tokens_held)
         slots.seen.copy_(tensors["seen"])
         slots.columns.fill_(facts["columns"])
         slots.is_ordered, slots.may_have_holes = facts["is_ordered"], facts["may_have_holes"]
@@ -57,27 +58,27 @@ class Saved:
             slots.spans = tensors["spans"].clone() if "spans" in tensors else None
 
     def _check(self, layer: FixedSizeLayer) -> None:
-        if missing := [name for name in ("keys", "values") if self.tensors.get(name, torch.empty(0)).dim() != 4]:
-            raise ValueError(f"{missing[0]} must be [B, H, T, D]; got none such")
-        keys, values, spans = (self.tensors.get(name) for name in ("keys", "values", "spans"))
-        (B, H, _, D), Dv, T = keys.shape, values.shape[3], min(self.facts["columns"], layer.settings.slots)
+        keys, values, spans = (self.tensors.get(name, torch.empty(0)) for name in ("keys", "values", "spans"))
+        B, H, T = keys.shape[:1].numel(), self.facts["heads"], min(self.facts["columns"], layer.settings.slots)
+        D, Dv = (x.shape[-1] for x in (keys, values))
+        rows = layer.rows_of(H, T)
         wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
         expected = {
-            "keys": ((B, H, T, D), keys.dtype),
-            "values": ((B, H, T, Dv), keys.dtype),
-            "facts": ((FACTS, B, H, T), torch.float32),
-            "positions": ((B, H, T), torch.int32),
+            "keys": ((B, *rows, D), keys.dtype),
+            "values": ((B, *rows, Dv), keys.dtype),
+            "facts": ((FACTS, B, *rows), torch.float32),
+            "positions": ((B, *rows), torch.int32),
             "seen": ((B,), torch.int32),
         }
-        if spans is not None:
-            expected["spans"] = ((B, spans.shape[1], 2), torch.int32)
+        if "spans" in self.tensors:
+            expected["spans"] = ((B, *spans.shape[1:2], 2), torch.int32)
         if layer.settings.include_skipped:
             kinds = ((B, H, D), wide), ((B, H, Dv), wide), ((B, H), torch.int32), ((B, H), torch.float32)
             expected |= zip(SKIPPED, kinds, strict=True)
         came = {name: (tuple(x.shape), x.dtype) for name, x in self.tensors.items()}
-        if wrong := sorted(name for name in expected.keys() | came.keys() if expected.get(name) != came.get(name)):
-            name = wrong[0]
-            raise ValueError(f"{name} must be {_words(expected.get(name))}; got {_words(came.get(name))}")
+        for name in (*expected, *came):
+            if expected.get(name) != came.get(name):
+                raise ValueError(f"{name} must be {_words(expected.get(name))}; got {_words(came.get(name))}")
 
 
 def _words(kind: tuple | None) -> str:

@@ -49,7 +49,8 @@ class Slots:
 
     Attributes:
         tokens: the buffers, :class:`Tokens` of :attr:`capacity` slots and the free one.
-        most: ``N``.
+        most: ``N``, and ``least`` too: only in :class:`UnequalSlots` they differ.
+        layout: what operators are told of heads of different sizes; None, there are none here.
         seen: int32 ``[B]``, real tokens seen of each row.
         columns: int64, tokens seen with padding, for compiled steps: S on the device.
         skipped: the entry of the evicted tokens, None where it is not asked for.
@@ -57,6 +58,8 @@ class Slots:
         is_ordered: whether slots are in token order.
         may_have_holes: whether padding came, so that slots in use may be empty.
     """
+
+    layout: Tensor | None = None
 
     def __init__(
         self,
@@ -68,15 +71,16 @@ class Slots:
     ) -> None:
         (B, H, _, D), Dv, device = keys.shape, values.shape[3], keys.device
         wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-        self.most = settings.slots
+        self.most = self.least = settings.slots
         self._protected_spans = protected_spans
         self._like = _kind(keys, values)
         with torch.inference_mode(False):  # or they could not be written to outside of it
+            rows = self._no_rows(B, H)
             self.tokens = Tokens(
-                torch.empty(B, H, 0, D, dtype=keys.dtype, device=device),
-                torch.empty(B, H, 0, Dv, dtype=keys.dtype, device=device),
-                torch.empty(FACTS, B, H, 0, dtype=torch.float32, device=device),
-                torch.empty(B, H, 0, dtype=torch.int32, device=device),
+                torch.empty(*rows, D, dtype=keys.dtype, device=device),
+                torch.empty(*rows, Dv, dtype=keys.dtype, device=device),
+                torch.empty(FACTS, *rows, dtype=torch.float32, device=device),
+                torch.empty(*rows, dtype=torch.int32, device=device),
             )
             self.seen = torch.zeros(B, dtype=torch.int32, device=device)
             self.columns = torch.zeros((), dtype=torch.int64, device=device)
@@ -133,20 +137,28 @@ class Slots:
         self._resize(min(self.most, max(count, 2 * self.capacity)), forget)
 
     def _resize(self, capacity: int, forget: bool = False) -> None:
-        before = self.tokens.positions.shape[2]
+        rows, moves = self._places(capacity)
         if forget:
-            self.tokens = Tokens(*(x.new_empty(*x.shape[:at], 0, *x.shape[at + 1 :]) for x, at in _along(self.tokens)))
+            self.tokens, moves = Tokens(*(_empty(x, at, 0) for x, at in _along(self.tokens))), []
         try:
             with torch.inference_mode(False):
-                self.tokens = Tokens(*(_lengthen(x, at, capacity + 1) for x, at in _along(self.tokens)))
+                self.tokens = Tokens(*(_moved(x, at, rows, moves) for x, at in _along(self.tokens)))
         except RuntimeError as error:  # CUDA's out of memory is one too
-            (B, H, _, D), Dv = self.tokens.keys.shape, self.tokens.values.shape[3]
-            needed = B * H * (capacity + 1) * ((D + Dv) * self.tokens.keys.element_size() + 4 * (FACTS + 1))
+            keys, values, _, positions = self.tokens
+            each = (keys.shape[-1] + values.shape[-1]) * keys.element_size() + 4 * (FACTS + 1)
+            needed = positions.shape[:-1].numel() * rows * each
             raise type(error)(
                 f"cache_size must leave room in memory; got {self.most}, of which {capacity} tokens of each "
-                f"layer need {needed} bytes ({B} rows, {H} KV heads); use a smaller cache_size ({error})"
+                f"layer need {needed} bytes ({keys.shape[0]} rows); use a smaller cache_size ({error})"
             ) from error
-        self.empty(0 if forget else before)
+
+    def _no_rows(self, B: int, H: int) -> tuple[int, ...]:
+        """Sizes of the positions of no slots."""
+        return B, H, 0
+
+    def _places(self, capacity: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """How many rows so many slots take, with the free one, and where those that there are go: from, to, count."""
+        return capacity + 1, [(0, 0, self.tokens.positions.shape[2])]
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -163,6 +175,10 @@ class Slots:
         self.make_room(count, forget=True)
         self._write(tokens)
         self.empty(count)
+
+    def hold_rows(self, tokens: Tokens, count: int) -> None:
+        """Holds ``count`` tokens of each head, what :meth:`read` gave."""
+        self.hold(tokens)
 
     def _write(self, tokens: Tokens) -> None:
         """Puts tokens into the first slots."""
@@ -240,11 +256,18 @@ class Slots:
                 _select(keys, rows), _select(values, rows), _select(facts, rows, dim=1), _select(positions, rows)
             )
             self.seen = _select(self.seen, rows)
-            self._like = _kind(self.tokens.keys, self.tokens.values)
+            (_, H), D, _, Dv, *rest = self._like
+            B = self.seen.shape[0]
+            self._like = ((B, H), D, (B, H), Dv, *rest)
             if self.spans is not None:
                 self.spans = _select(self.spans, rows)
             if self.skipped is not None:
                 self.skipped = Skipped(*(_select(x, rows) for x in self.skipped[:-1]), self.skipped.mode)
+
+    @property
+    def heads_held(self) -> int:
+        """H."""
+        return self._like[0][1]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -263,14 +286,24 @@ def take(tokens: Tokens, indices: Tensor) -> Tokens:
 
 def _along(tokens: Tokens) -> zip:
     """Each buffer, and which of its dimensions is that of the slots."""
-    return zip(tokens, (2, 2, 3, 2), strict=True)
+    at = tokens.positions.dim() - 1
+    return zip(tokens, (at, at, at + 1, at), strict=True)
 
 
-def _lengthen(x: Tensor, dim: int, size: int) -> Tensor:
-    """A copy with empty slots behind: zeros, so that nothing is NaN by chance."""
-    longer = x.new_zeros(*x.shape[:dim], size, *x.shape[dim + 1 :])
-    longer.narrow(dim, 0, x.shape[dim]).copy_(x)
-    return longer
+def _empty(x: Tensor, dim: int, size: int) -> Tensor:
+    """Such a buffer of empty slots: zeros, so that nothing is NaN by chance, but for positions and scores."""
+    slots = x.new_full((*x.shape[:dim], size, *x.shape[dim + 1 :]), -1 if x.dtype == torch.int32 else 0)
+    if dim == x.dim() - 1 and x.is_floating_point():
+        slots[SCORES] = -math.inf
+    return slots
+
+
+def _moved(x: Tensor, dim: int, size: int, moves: list[tuple[int, int, int]]) -> Tensor:
+    """A buffer of another size with the rows that are kept."""
+    slots = _empty(x, dim, size)
+    for before, after, count in moves:
+        slots.narrow(dim, after, count).copy_(x.narrow(dim, before, count))
+    return slots
 
 
 def _kind(keys: Tensor, values: Tensor) -> tuple:

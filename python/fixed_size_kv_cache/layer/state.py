@@ -16,7 +16,7 @@ from .history import History
 from .new_tokens import Stage
 from .protected_spans import read_spans
 from .recorded import Recorded
-from .slots import Slots
+from .slots import Slots, Tokens
 
 
 class LayerState(DynamicLayer):
@@ -31,6 +31,7 @@ class LayerState(DynamicLayer):
         self.is_initialized = False  # transformers 4.56 does not say so
         self.settings = settings or FixedSizeCacheConfig()
         self.protected_spans = read_spans(protected_spans, self.settings)
+        self.head_count: int | None = None  # KV heads that there must be
         self.group = 1  # query heads per KV head, once attention has shown it
         self.has_attended = False  # what is the same at every step has been checked
         self.is_compileable = False  # generate() compiles the steps of a cache that says yes
@@ -49,9 +50,27 @@ class LayerState(DynamicLayer):
         """Makes the buffers for keys ``[B, H, ..., D]`` and values like these."""
         value_states = key_states if value_states is None else value_states
         self.dtype, self.device = key_states.dtype, key_states.device
-        at_full_size = self.settings.static or self.is_compileable
-        self.slots = Slots(key_states, value_states, self.settings, self.protected_spans, at_full_size)
+        self.slots = self._make_slots(key_states, value_states, self.settings.static or self.is_compileable)
         self.is_initialized = True
+
+    def _make_slots(self, keys: Tensor, values: Tensor, at_full_size: bool) -> Slots:
+        self.heads_here(keys.shape[1])
+        return Slots(keys, values, self.settings, self.protected_spans, at_full_size)
+
+    def rows_of(self, H: int, T: int) -> tuple[int, ...]:
+        """Sizes of the positions of ``T`` tokens between batch and end, as :class:`Slots` has them."""
+        return H, T
+
+    def heads_here(self, H: int) -> slice:
+        """Which of the KV heads that ``cache_size`` has sizes for are the ``H`` of this layer: all of them, or the part
+        of this process where they are shared out among processes."""
+        if self.head_count in (None, H):
+            return slice(None)
+        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_shared and H * torch.distributed.get_world_size() == self.head_count:
+            first = H * torch.distributed.get_rank()
+            return slice(first, first + H)
+        raise ValueError(f"cache_size must have a size for each of the {H} KV heads; got {self.head_count}")
 
     def allow_compilation(self, allowed: bool) -> None:
         """Whether generate() may compile its steps, for which the buffers must have their full size."""
@@ -64,12 +83,12 @@ class LayerState(DynamicLayer):
     @property
     def keys(self) -> Tensor | None:
         """The keys held ``[B, H, T, D]``, as a view; None before the first step."""
-        return None if self.slots is None else self.slots.read(self.tokens_held).keys
+        return None if self.slots is None else self._rectangle("keys").keys
 
     @property
     def values(self) -> Tensor | None:
         """The values held, as :attr:`keys`."""
-        return None if self.slots is None else self.slots.read(self.tokens_held).values
+        return None if self.slots is None else self._rectangle("values").values
 
     @keys.setter
     def keys(self, tensor: None) -> None:
@@ -78,6 +97,15 @@ class LayerState(DynamicLayer):
     @values.setter
     def values(self, tensor: None) -> None:
         refuse_assignment("values", tensor)
+
+    def _rectangle(self, what: str) -> Tokens:
+        """The tokens held ``[B, H, T, ...]``."""
+        return self.slots.read(self.tokens_held)
+
+    @property
+    def positions(self) -> Tensor:
+        """The positions of the tokens held, int32 ``[B, H, T]``, -1 for empty slots."""
+        return self.slots.read(self.tokens_held).positions
 
     @property
     def tokens_seen(self) -> int:
@@ -104,7 +132,7 @@ class LayerState(DynamicLayer):
     @property
     def skipped(self) -> attention.Skipped | None:
         """The entry of the evicted tokens, None where there can be none yet."""
-        if self.slots.skipped is None or self.tokens_folded <= self.settings.slots:
+        if self.slots.skipped is None or self.tokens_folded <= self.slots.least:
             return None
         return self.slots.skipped
 

@@ -1,0 +1,294 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Judges rules of eviction on a real pretrained model: divergence from the full cache, and facts that are asked for.
+
+    pip install gguf accelerate  # they read the weights of the default model
+    python benchmarks/quality/real_model.py --texts FOLDER --json benchmarks/results/real_model.json
+    python benchmarks/quality/real_model.py --texts FOLDER --model path/or/hub-id --measures prompt --count 4
+
+The model is SmolLM2-135M-Instruct (see small_llama.py), or any decoder whose layers all see the whole text. Texts are
+the files ``*.txt`` of a folder. Four measures, each at an average of C tokens for each layer and KV head:
+
+* ``prompt``: a text with facts is read in one piece and cut to C. KL of the next tokens, and the facts asked for in the
+  next turn: right if every digit is the likeliest token.
+* ``long``: the same of longer texts.
+* ``dialogue``: facts told in the first turn and asked for in the fifth, with texts between; cut after each turn.
+* ``stream``: a text is read 16 tokens at a time and cut after each; KL from the 512th on.
+
+Rules are simulated (simulator.py), so one reading serves them all, and read the same texts, so differences are paired:
+the results keep the figures of each text. They are written as they come. Half an hour of one core; ``--count``
+scales it.
+"""
+
+import argparse
+import fcntl
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from real_rules import MAIN, MORE, PLAIN, SHARES, Rule, ours, unequal
+from real_texts import Passage, Texts
+from rich.progress import Progress
+from simulator import Held, read, simulated
+from small_llama import load
+from torch import Tensor
+
+from fixed_size_kv_cache import profile_heads
+from fixed_size_kv_cache.huggingface.profile_texts import TEXTS
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks/python"))
+
+CONTINUATION, PART, FIRST = 64, 16, 512
+Cell = tuple[Rule, int]  # a rule and the average size of its heads
+
+
+def cells(rules: Sequence[Rule], sizes: Sequence[int]) -> list[Cell]:
+    return [(rule, C) for C in sizes for rule in rules]
+
+
+FEW = [
+    *(rule for rule in MAIN if rule.heads == "equal" and rule.name != "random"),
+    unequal(PLAIN, 0.125),
+    unequal(PLAIN),
+]
+TRIED = {
+    "prompt": cells(MAIN, (64, 128, 256, 512)) + cells(MORE, (128, 256)) + cells(SHARES, (256,)),
+    "long": cells(FEW, (256, 512)),
+    "dialogue": cells([ours(4, 0.05, 0.95), PLAIN, *FEW[-4:]], (256,)),
+    "stream": cells([rule for rule in MAIN if rule.name != "random"], (128,)),
+}
+COUNTS = {"prompt": 20, "long": 5, "dialogue": 8, "stream": 5}  # texts
+TOKENS = {"prompt": 1280, "long": 4000, "dialogue": 1280, "stream": 1280}
+BEGIN = {"prompt": 0, "long": 0.5, "dialogue": 0.4, "stream": 0.75}  # where in the files: not all read the same
+FACTS = {"prompt": 4, "long": 6, "dialogue": 6}
+
+
+class Results:
+    """A row for each measure, rule and size, with the figures of each text; those of other measures stay."""
+
+    def __init__(self, path: Path | None, head: dict) -> None:
+        self.path, self.head, self.rows = path, head, {}
+
+    def add(self, measure: str, cell: Cell | None, slots: float, **figures: Any) -> None:
+        """``cell``: None for the full cache."""
+        rule, C = cell or (None, None)
+        key = measure, "full cache" if rule is None else rule.name, C
+        said = {"name": "full cache"} if rule is None else rule.as_row()
+        row = self.rows.setdefault(key, {"measure": measure, "cache_size": C, "slots": slots, "rule": said})
+        for name, figure in figures.items():
+            row[name] = [*row.get(name, []), figure]
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        measures = {measure for measure, _, _ in self.rows}
+        with open(self.path, "a+") as file:  # several measures may be running
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            text = file.read()
+            others = [row for row in json.loads(text)["rows"] if row["measure"] not in measures] if text else []
+            rows = ",\n".join(json.dumps(row) for row in [*others, *self.rows.values()])
+            profiles = {**(json.loads(text)["profiles"] if text else {}), **self.head["profiles"]}
+            head = json.dumps({**self.head, "profiles": profiles, "rows": []})
+            file.truncate(0)
+            file.write(head[: -len("[]}")] + f"[\n{rows}\n]}}\n")
+
+
+class Reader:
+    """A model on simulated caches."""
+
+    def __init__(self, model: Any, errors: dict[str, list[list[float]]]) -> None:
+        self.model, self.errors = model, errors
+        config = model.config.get_text_config(decoder=True)
+        self.group = config.num_attention_heads // config.num_key_value_heads
+
+    def sizes(self, cell: Cell, tokens: int) -> list[list[int]]:
+        return cell[0].sizes(self.errors[cell[0].profile], cell[1], tokens)
+
+    def cut(self, layers: list[Held], cell: Cell, sizes: list[list[int]]) -> list[Held]:
+        return cell[0].apply(layers, sizes, cell[1], self.group)
+
+    def ask(self, layers: list[Held], passage: Passage) -> tuple[Tensor, int, float]:
+        """What follows on what is held: log probabilities of the continuation ``[K, vocabulary]``, how many questions
+        are answered right, and the mean log probability of a right digit. All are read at once and do not see each
+        other."""
+        K, start = len(passage.continuation), layers[0].seen
+        questions = [question.ids for question in passage.questions]
+        common = _common(questions)
+        lengths = [K, common, *(len(ids) - common for ids in questions)]
+        ids = torch.cat([passage.continuation, questions[0][:common], *(ids[common:] for ids in questions)])
+        sees = torch.block_diag(*(torch.ones(length, length) for length in lengths)).bool()
+        sees[K + common :, K : K + common] = True  # each question sees what all begin with
+        after = [0, 0, *[common] * len(questions)]
+        positions = torch.cat([torch.arange(at, at + length) for at, length in zip(after, lengths, strict=True)])
+        ends = list(itertools.accumulate(lengths))[2:]
+        wanted = [
+            torch.arange(end - asked.digits - 1, end - 1) for end, asked in zip(ends, passage.questions, strict=True)
+        ]
+        asked = torch.cat([torch.arange(K), *wanted])
+        logits, _ = read(self.model, ids[None], layers, sees=sees.tril(), position_ids=start + positions, logits=asked)
+        found = logits[0].float().log_softmax(-1)
+        right, said = 0, []
+        for question, digits in zip(passage.questions, found[K:].split([len(x) for x in wanted]), strict=True):
+            answer = question.ids[-question.digits :]
+            right += bool((digits.argmax(-1) == answer).all())
+            said.append(digits.gather(1, answer[:, None]).mean().item())
+        return found[:K], right, sum(said) / len(said)
+
+
+def _common(rows: list[Tensor]) -> int:
+    """How many tokens all rows begin with."""
+    columns = zip(*(row.tolist() for row in rows), strict=False)  # up to the shortest
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+def divergence(full: Tensor, capped: Tensor) -> float:
+    """Mean KL of the next token, of log probabilities ``[..., vocabulary]``."""
+    return (full.exp() * (full - capped)).sum(-1).mean().item()
+
+
+def average(sizes: list[list[int]]) -> float:
+    return sum(map(sum, sizes)) / sum(map(len, sizes))
+
+
+def after_a_prompt(reader: Reader, passage: Passage, tried: list[Cell], add: Callable) -> None:
+    """Read in one piece, cut for each cell."""
+    votes = list(dict.fromkeys(rule.vote(C) for rule, C in tried))
+    _, layers = read(reader.model, passage.turns[0][None], votes=votes)
+    full, right, said = reader.ask(layers, passage)
+    asked, tokens = len(passage.questions), layers[0].seen
+    add(None, tokens, tokens=tokens, kl=0.0, right=right, asked=asked, digits=round(said, 4))
+    for cell in tried:
+        sizes = reader.sizes(cell, tokens)
+        capped, right, said = reader.ask(reader.cut(layers, cell, sizes), passage)
+        kl = round(divergence(full, capped), 6)
+        add(cell, average(sizes), tokens=tokens, kl=kl, right=right, asked=asked, digits=round(said, 4))
+
+
+def in_a_dialogue(reader: Reader, passage: Passage, tried: list[Cell], add: Callable) -> None:
+    """Cut after each turn, for each cell by itself."""
+    asked, tokens = len(passage.questions), sum(map(len, passage.turns))
+    for cell in [None, *tried]:
+        sizes = reader.sizes(cell, tokens) if cell else None
+        vote = cell[0].vote(cell[1]) if cell else PLAIN.vote(tokens)
+        layers: list[Held] = []
+        for turn in passage.turns:
+            _, layers = read(reader.model, turn[None], layers, [vote], redundancy=needs_redundancy(cell))
+            layers = reader.cut(layers, cell, sizes) if cell else layers
+        _, right, said = reader.ask(layers, passage)
+        slots = average(sizes) if cell else tokens
+        add(cell, slots, tokens=tokens, right=right, asked=asked, digits=round(said, 4))
+
+
+def in_a_stream(reader: Reader, rows: Tensor, cell: Cell, full: Tensor) -> list[float]:
+    """KL of each text ``[B, S]``, read in small parts; ``full``: log probabilities ``[B, S - FIRST, vocabulary]``."""
+    S, layers = rows.shape[1], []
+    sizes, vote = reader.sizes(cell, S), cell[0].vote(cell[1])
+    total = torch.zeros(len(rows))
+    for start in range(0, S, PART):
+        part = rows[:, start : start + PART]
+        logits, layers = read(
+            reader.model, part, layers, [vote], redundancy=needs_redundancy(cell), logits=part.shape[1]
+        )
+        if start >= FIRST:
+            expected = full[:, start - FIRST : start - FIRST + part.shape[1]]
+            total += (expected.exp() * (expected - logits.float().log_softmax(-1))).sum((1, 2))
+        layers = reader.cut(layers, cell, sizes)
+    return [round(x, 6) for x in (total / (S - FIRST)).tolist()]
+
+
+def needs_redundancy(cell: Cell | None) -> bool:
+    return cell is not None and cell[0].knobs.get("redundancy", 0) > 0
+
+
+def profiles(model: Any, tokenizer: Any, names: set[str]) -> dict[str, list[list[float]]]:
+    """The profile that is used, and others that show how much it depends on what is read."""
+    ways = {
+        "usual": dict(tokenizer_or_ids=tokenizer),
+        "the first text": dict(tokenizer_or_ids=tokenizer, texts=TEXTS[:1]),
+        "the second text": dict(tokenizer_or_ids=tokenizer, texts=TEXTS[1:]),
+        "half as many tokens": dict(tokenizer_or_ids=tokenizer, length=300),
+        "random ids": {},
+        "other random ids": dict(tokenizer_or_ids=random_ids(model)),
+    }
+    return {name: list(map(list, profile_heads(model, **ways[name]).output_error)) for name in ways if name in names}
+
+
+def random_ids(model: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(model.config.get_text_config(decoder=True).vocab_size, (600,), generator=generator)]
+
+
+def passages(texts: Texts, measure: str, count: int) -> Iterator[Passage]:
+    for seed in range(count):
+        if measure == "dialogue":
+            yield texts.dialogue(TOKENS[measure], FACTS[measure], seed)
+        else:
+            yield texts.passage(TOKENS[measure], FACTS[measure], CONTINUATION, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True, help="a folder of files *.txt")
+    parser.add_argument("--model", help="a folder or a name on the Hub; else SmolLM2-135M-Instruct")
+    parser.add_argument("--json", type=Path, help="where to write what was found")
+    parser.add_argument("--measures", nargs="+", choices=list(TRIED), default=list(TRIED))
+    parser.add_argument("--count", type=int, help="texts of each measure; else " + str(COUNTS))
+    parser.add_argument("--sizes", type=int, nargs="+", help="only these cache sizes")
+    arguments = parser.parse_args()
+    from harness import machine
+
+    model, tokenizer = load(arguments.model)
+    tried = {
+        name: [cell for cell in TRIED[name] if arguments.sizes is None or cell[1] in arguments.sizes]
+        for name in arguments.measures
+    }
+    made = profiles(model, tokenizer, {rule.profile for each in tried.values() for rule, _ in each})
+    head = {
+        "machine": machine(),
+        "model": arguments.model or "SmolLM2-135M-Instruct",
+        "facts": FACTS,
+        "continuation": CONTINUATION,
+        "part": PART,
+        "first": FIRST,
+        "profiles": {name: [[round(x, 6) for x in layer] for layer in errors] for name, errors in made.items()},
+    }
+    reader = Reader(model, made)
+    results = Results(arguments.json, head)
+    with simulated(model), torch.inference_mode(), Progress() as bar:
+        for measure in arguments.measures:
+            count, texts = arguments.count or COUNTS[measure], Texts(arguments.texts, tokenizer, BEGIN[measure])
+
+            def add(cell: Cell | None, slots: float, measure: str = measure, **figures: Any) -> None:
+                results.add(measure, cell, slots, **figures)
+
+            if measure == "stream":
+                rows = torch.stack([texts.slice(TOKENS[measure]) for _ in range(count)])
+                full = full_stream(model, rows)
+                for cell in bar.track(tried[measure], description=measure):
+                    for kl in in_a_stream(reader, rows, cell, full):
+                        add(cell, average(reader.sizes(cell, rows.shape[1])), tokens=rows.shape[1], kl=kl)
+                    results.write()
+                continue
+            measured = in_a_dialogue if measure == "dialogue" else after_a_prompt
+            for passage in bar.track(passages(texts, measure, count), total=count, description=measure):
+                measured(reader, passage, tried[measure], add)
+                results.write()
+
+
+def full_stream(model: Any, rows: Tensor) -> Tensor:
+    """Log probabilities with the full cache, ``[B, S - FIRST, vocabulary]``."""
+    count = rows.shape[1] - FIRST
+    return torch.cat([read(model, row[None], logits=count)[0].float().log_softmax(-1) for row in rows])
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    main()
