@@ -4,8 +4,9 @@
 python benchmarks/python/bench_truncate.py [--json FILE]
 
 Each contender is timed with a warm cache (it has just been called three times) and a cold one (the others have). Exits
-with 1 where a goal is missed with a warm cache: 4x the composition with index_select, 12x the one with an expanded
-gather. With a cold cache all of them wait for the memory, and the time of a copy is what can be reached.
+with 1 where a goal is missed with a warm cache: in fp32 3x the composition with index_select and 6x the one with an
+expanded gather, in bf16 4x and 12x. A copy of the kept bytes, and nothing else, is 9x faster than that gather in fp32;
+with a cold cache all of them wait for the memory, and the time of a copy is what can be reached.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import torch
 from harness import keep_freed_memory, time_in_turns, write
 
 B, H, S, D, C = 1, 8, 32768, 128, 1024
-GOALS = {"topk + sort + index_select": 4.0, "topk + sort + gather": 12.0}
+SELECT, GATHER = "topk + sort + index_select", "topk + sort + gather"
+GOALS = {torch.float32: {SELECT: 3.0, GATHER: 6.0}, torch.bfloat16: {SELECT: 4.0, GATHER: 12.0}}  # times faster
 WARM_UP = {"warm cache": 3, "cold cache": 0}  # calls before the one that is timed
 COPY, FRESH_COPY = "copy of the kept bytes", "copy into fresh memory"
 
@@ -54,7 +56,7 @@ def measure(dtype: torch.dtype, rounds: int) -> dict[str, dict[str, object]]:
 
     for other in (with_index_select, with_gather):
         assert all(torch.equal(x, y) for x, y in zip(ours(), other(), strict=True)), "results differ"
-    contenders = {"fsdc.truncate": ours, **dict(zip(GOALS, (with_index_select, with_gather), strict=True)), COPY: copy}
+    contenders = {"fsdc.truncate": ours, SELECT: with_index_select, GATHER: with_gather, COPY: copy}
     fresh = time_in_turns({FRESH_COPY: copy_into_fresh_memory}, rounds)  # apart: its page faults slow the next in turn
     return {state: compared(time_in_turns(contenders, rounds, calls) | fresh) for state, calls in WARM_UP.items()}
 
@@ -64,7 +66,7 @@ def compared(times: dict[str, dict[str, float]]) -> dict[str, object]:
     ours = median["fsdc.truncate"]
     return {
         "times": times,
-        "times_faster_than": {name: median[name] / ours for name in GOALS},
+        "times_faster_than": {name: median[name] / ours for name in (SELECT, GATHER)},
         "times_a_copy": ours / median[COPY],
         "times_a_copy_into_fresh_memory": ours / median[FRESH_COPY],
     }
@@ -89,11 +91,11 @@ def main() -> int:
     torch.manual_seed(0)  # with other numbers two scores may tie at the edge, where topk has no rule
     cases, missed = {}, []
     with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, goals_of_warm in GOALS.items():
             name = f"{B * H} rows, S={S}, C={C}, D={D}, {str(dtype).removeprefix('torch.')}"
             for state, case in measure(dtype, arguments.rounds).items():
                 cases[f"{name}, {state}"] = case
-                goals = GOALS if state == "warm cache" else {}
+                goals = goals_of_warm if state == "warm cache" else {}
                 missed += [goal for goal, least in goals.items() if case["times_faster_than"][goal] < least]
                 show(f"{name}, {state}", case, goals)
     if arguments.json:

@@ -71,6 +71,20 @@ def test_a_block_of_each_kind():
     assert size_of(model) is None
 
 
+def test_a_handle_that_has_ended_begins_no_block():
+    """It would cap nothing, and say nothing."""
+    model = tiny_llama()
+    for begin, name in ((lambda: enable(model, 12), "enable"), (lambda: as_default(12), "as_default")):
+        with begin() as handle:
+            pass
+        with pytest.raises(RuntimeError, match=rf"got one that has; call {name}\(.*\) again"), handle:
+            pass
+    handle = enable(model, 12)
+    disable(model)
+    with pytest.raises(RuntimeError, match="must not have ended"), handle:
+        pass
+
+
 def test_disable_ends_all_of_a_model():
     model = tiny_llama(torch.float32)
     handles = [enable(model, size) for size in SIZES]

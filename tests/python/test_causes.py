@@ -83,17 +83,21 @@ def test_a_loop_without_no_grad():
 # ---- models with ways of their own -----------------------------------------------------------------------------------
 
 
+def tiny_phi3(eos_token_id: int | None = None):
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=eos_token_id, pad_token_id=0, sliding_window=None,
+        original_max_position_embeddings=32, max_position_embeddings=512, initializer_range=0.3,
+    )  # fmt: skip
+    return transformers.Phi3ForCausalLM(config).eval().double()
+
+
 @pytest.mark.parametrize("own_cache", [False, True])
 @pytest.mark.parametrize("start", [28, 50])
 def test_phi3_drops_its_cache_in_the_middle_of_a_text(own_cache, start):
     """Past ``original_max_position_embeddings`` all is read anew; ours goes on as stock does, and capped."""
-    torch.manual_seed(0)
-    config = transformers.Phi3Config(
-        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0, sliding_window=None,
-        original_max_position_embeddings=32, max_position_embeddings=512, initializer_range=0.3,
-    )  # fmt: skip
-    model = transformers.Phi3ForCausalLM(config).eval().double()
+    model = tiny_phi3()
     ids, options = tokens(1, start), dict(FEW, max_new_tokens=20)
     expected = model.generate(ids, **options)
     for size in (200, 12):
@@ -108,6 +112,24 @@ def test_phi3_drops_its_cache_in_the_middle_of_a_text(own_cache, start):
         assert out.sequences.shape == (1, start + 20)
         if size == 200:
             assert torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("size", [200, 12])
+def test_phi3_drops_its_cache_while_tokens_may_be_taken_back(size):
+    model, ids = tiny_phi3(eos_token_id=99), tokens(1, 20)
+    options = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
+    expected = model.generate(ids, prompt_lookup_num_tokens=3, **options).sequences
+    assert expected.shape[1] == 60
+    with enable(model, size), torch.no_grad():
+        out = model.generate(ids, prompt_lookup_num_tokens=3, **options)
+        cache = out.past_key_values
+        assert size == 12 or torch.equal(out.sequences, expected)
+        assert out.sequences.shape[1] in (60, 61)  # before transformers 5 a last candidate too many may be accepted
+        assert_held_within(cache, size)
+        assert all(layer.recorded is None for layer in cache.layers) and not cache.is_past_checked
+        model(ids[:, :5], past_key_values=cache)  # and evicts from here on
+        assert_held_within(cache, size)
+        assert all(layer.recorded is None for layer in cache.layers)
 
 
 @pytest.mark.parametrize("kind", ["mamba", "windows"])
@@ -151,13 +173,20 @@ def test_virtual_tokens_in_a_stock_cache_train_as_before():
             torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_prefix_tuning_of_peft():
-    peft = pytest.importorskip("peft")
+def test_prefix_tuning_of_peft_trains_and_is_evaluated():
+    peft = pytest.importorskip("peft", exc_type=ImportError)
     model, ids = tiny_llama(torch.float32), tokens(2, 12)
     tuned = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
     expected = tuned(input_ids=ids, labels=ids).loss
     with enable(tuned, 12):
         torch.testing.assert_close(tuned(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            for use_cache in (None, False):
+                loss = tuned(input_ids=ids, labels=ids, use_cache=use_cache).loss
+                torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+            virtual = tuned.get_prompt(batch_size=2)
+            with pytest.raises(RuntimeError, match=r"must be a FixedSizeDynamicCache.*got 7 keys for 1 queries"):
+                model(ids[:, :1], past_key_values=virtual)  # a step, whose cache would go on to grow
 
 
 class Wrapper(torch.nn.Module):

@@ -65,7 +65,7 @@ def test_every_document_with_code_is_tried():
 
 
 @pytest.mark.parametrize("document, block", PASTED, ids=[f"{document} {i}" for i, (document, _) in enumerate(PASTED)])
-def test_a_block_can_be_pasted_alone(document, block):
+def test_a_block_can_be_pasted_alone(document, block, tmp_path):
     """Into a new Python; none speaks of anything deprecated."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FSDC_")}
     if document == "docs/distributed.md":  # as torchrun starts it, with one process
@@ -73,7 +73,8 @@ def test_a_block_can_be_pasted_alone(document, block):
             pytest.skip("transformers needs accelerate to shard a model")
         where = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         environment |= where
-    said = run_program(ALERT + as_called_here(block), environment)
+    begin = f"import os; os.chdir({str(tmp_path)!r})\n"  # some write files
+    said = run_program(begin + ALERT + as_called_here(block), environment)
     promised = re.findall(r"^print\(.*\)  # (\w[\w.]*\(.*?\))(?:$|:)", block, re.MULTILINE)
     assert [line for line in said.splitlines() if line in promised] == promised
 

@@ -225,6 +225,8 @@ def test_pipelines_and_compiled_modules_are_unwrapped():
     assert unwrap(torch.compile(model), "enable") is model
     assert unwrap(types.SimpleNamespace(get_base_model=lambda: model), "enable") is model  # as PEFT has it
     assert unwrap(types.SimpleNamespace(model=model, task="text-generation"), "enable") is model
+    tuned = types.SimpleNamespace(get_base_model=lambda: torch.compile(model))
+    assert unwrap(types.SimpleNamespace(model=tuned, task="text-generation"), "enable") is model
     for other in (torch.nn.Linear(2, 2), "gpt2", None):
         with pytest.raises(TypeError, match=f"must be a model of transformers.*got {type(other).__name__}"):
             enable(other)

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
+import families
+
 from fixed_size_kv_cache import FixedSizeDynamicCache, disable, enable, perplexity
 from fsdc_command.app import app
 
@@ -87,6 +89,16 @@ def test_perplexity_of_a_small_cache_is_what_the_steps_give():
             model.generate(ids, max_new_tokens=1, return_dict_in_generate=True).past_key_values.settings.cache_size
             == 12
         )
+
+
+@pytest.mark.skipif(transformers.__version__ < "5", reason="recurrent layers had a cache of another kind")
+def test_perplexity_of_a_model_that_reads_chunks_wrongly():
+    model, ids = families.tiny_model("jamba"), tokens(1, 40).clamp(max=90)
+    with torch.no_grad():
+        stock = math.exp(loss_of(model, ids))
+    assert perplexity(model, ids, 64) == pytest.approx(stock, rel=1e-5)
+    with pytest.raises(ValueError, match=r"chunk_size must be 1 for JambaForCausalLM, whose recurrent .*; got 4"):
+        perplexity(model, ids, 64, chunk_size=4)
 
 
 def test_perplexity_checks_its_arguments():

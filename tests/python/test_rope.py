@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary embeddings that depend on the length of the text: a prompt is rotated as a whole, as in stock transformers."""
 
+import contextlib
+import types
+
 import pytest
 import torch
 import transformers
-from llamas import GREEDY, tokens
-from transformers import AutoModelForCausalLM, LlamaConfig
+from llamas import GREEDY, new_cache, tokens
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 if not hasattr(transformers, "AttentionInterface"):
     pytest.skip("enable() needs transformers 4.56", allow_module_level=True)
 
 from fixed_size_kv_cache import enable
+from fixed_size_kv_cache.cli.generate import write
 from fixed_size_kv_cache.compat.capability import rotates_by_length
 
 ROPE = "rope_parameters" if transformers.__version__ >= "5" else "rope_scaling"
@@ -50,6 +54,19 @@ def test_the_text_is_stocks_while_nothing_is_evicted(rope, length, chosen):
     assert torch.equal(out.sequences, expected.sequences)
     for one, other in zip(out.logits, expected.logits, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cache_size", [200, None])
+def test_the_command_reads_a_prompt_in_one_piece_too(cache_size):
+    """``fsdc generate`` reads others itself, for its progress; with the stock cache as well."""
+    model, ids = tiny(LENGTHS["dynamic"]), tokens(1, 700)
+    expected = tiny(LENGTHS["dynamic"]).generate(ids, max_new_tokens=20, do_sample=False)[0, 700:].tolist()
+    cache = DynamicCache(config=model.config)
+    with contextlib.nullcontext() if cache_size is None else enable(model, cache_size=800):
+        if cache_size is not None:
+            cache = new_cache(model, 800)
+        words = types.SimpleNamespace(pad_token_id=0, eos_token_id=None, decode=lambda ids, **options: "")
+        assert write(model, words, ids, cache, 20, show=False).tokens == expected
 
 
 def test_which_configs_rotate_by_length():

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 from transformers import DynamicCache, TextStreamer
 
+from ..compat.capability import reads_in_one_piece
 from ..compat.transformers import CACHE_NAME, DynamicLayer
 from ..compat.versions import OLDEST_INTERFACE, has_interface
 from ..dynamic_cache import FixedSizeDynamicCache
@@ -125,7 +126,9 @@ def first_difference(ours: list[int], full: list[int]) -> int | None:
 
 
 def _read(model: Any, ids: Tensor, cache: Any) -> None:
-    """Reads all of a prompt ``[1, Q]`` but its last token; a long one with progress on stderr."""
+    """Reads all of a prompt ``[1, Q]`` but its last token, where it may be cut; a long one with progress on stderr."""
+    if reads_in_one_piece(model.config):
+        return
     chunk = CHUNK
     if isinstance(cache, FixedSizeDynamicCache):
         chunk = max(chunk, cache.settings.cache_size)

@@ -26,7 +26,7 @@ def run(
     """Prints the figures, or raises ``Refused``."""
     if not has_interface():
         raise Refused(f"needs transformers>={OLDEST_INTERFACE}")
-    from ..huggingface.measuring import perplexity
+    from ..huggingface.measuring import default_chunk_size, perplexity
 
     model, tokenizer = load(name, dtype, device)
     ids = encode(tokenizer, text, chat=False, embedded=name is None)
@@ -36,18 +36,19 @@ def run(
     if positions is not None and count > positions:
         raise Refused(f"the text must fit the {positions} positions that the model has learned; got {count} tokens")
     bar = functools.partial(track, description="reading", console=Console(stderr=True), transient=True)
-    options = dict(chunk_size=chunk_size or max(1, cache_size // 16), progress=bar if sys.stderr.isatty() else None)
+    chunk_size = chunk_size or default_chunk_size(model, cache_size)
+    options = dict(chunk_size=chunk_size, progress=bar if sys.stderr.isatty() else None)
     try:
         facts = {"perplexity": perplexity(model, ids, cache_size, **options)}
         if compare:
             facts["perplexity_of_all"] = perplexity(model, ids, max(count, cache_size), **options)
     except (NotImplementedError, ValueError) as error:
         raise Refused(one_line(error)) from error
-    facts |= {"tokens": count, "cache_size": cache_size, "chunk_size": options["chunk_size"]}
+    facts |= {"tokens": count, "cache_size": cache_size, "chunk_size": chunk_size}
     if as_json:
         print(json.dumps(facts))
         return
     print(f"perplexity {facts['perplexity']:.3f}")
     if compare:
         print(f"with a cache that holds all {facts['perplexity_of_all']:.3f}")
-    print(f"{count} tokens, {options['chunk_size']} at a time, cache_size={cache_size}", file=sys.stderr)
+    print(f"{count} tokens, {chunk_size} at a time, cache_size={cache_size}", file=sys.stderr)

@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from .transformers import DynamicLayer, is_kv_sharing, make_stock_layers, on_attention_interface
+from .transformers import CHUNKS_FORGET_STATE, DynamicLayer, is_kv_sharing, make_stock_layers, on_attention_interface
 
 INSTEAD = "; use it without a fixed-size cache"
 NAMES_OF_STOCK_LAYERS = (  # which keep their own, constant memory
@@ -69,6 +69,21 @@ def rotates_by_length(config: Any) -> bool:
     by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
     kinds = [str(each.get("rope_type", each.get("type"))) for each in (rope, *by_layer_type)]
     return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
+def is_prefix_tuning(peft_config: Any) -> bool:
+    """Whether PEFT brings keys and values that no token made, in a cache of its own."""
+    return str(getattr(peft_config, "peft_type", "")).rpartition(".")[2] in ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def forgets_state(config: Any) -> bool:
+    """Whether several tokens behind others are read as if nothing had come before."""
+    return text_config(config).model_type in CHUNKS_FORGET_STATE
+
+
+def reads_in_one_piece(config: Any) -> bool:
+    """Whether a prompt that is read in chunks is another one to the model."""
+    return forgets_state(config) or rotates_by_length(config)
 
 
 def check_model(model: Any) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..compat.transformers import CACHE_NAME, TAKES_NEW_TOKENS_ONLY
+from .marks import RUNNING
 
 METHOD = "prepare_inputs_for_generation"
 LOCK = threading.Lock()
@@ -31,7 +32,8 @@ def skip_what_was_read(model: Any, given: Any) -> Iterator[None]:
     finally:
         if is_needed:
             _remove(model, given.cache)
-        given.cache.stop_past_recording()  # from here on tokens stay, and are evicted
+        for cache in (given.cache, RUNNING.cache):  # Phi-3 may have dropped the first
+            cache.stop_past_recording()  # from here on tokens stay, and are evicted
 
 
 def _add(model: Any, cache: Any) -> None:

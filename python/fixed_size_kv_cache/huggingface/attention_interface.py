@@ -17,7 +17,7 @@ from ..compat.capability import has_window
 from ..layer.attention import LogitRule, attend_with_weights, products_of
 from ..layer.handoff import HANDOFF
 from .causes import why_foreign_cache
-from .marks import NAME
+from .marks import NAME, prefix_lengths
 
 UNKNOWN = ("position_bias", "indices", "block_indices", "cache")  # arguments that change the result of other attention
 
@@ -84,8 +84,7 @@ def _attend_elsewhere(
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if mask is None or mask.dim() == 2:
-        with_gradients = torch.is_grad_enabled() and key.requires_grad and Q > 1  # prefix tuning: S - Q virtual tokens
-        if S != Q and is_causal and not with_gradients:
+        if S != Q and is_causal and not _follows_virtual_tokens(module, key, Q):
             raise RuntimeError(
                 f"{type(module).__name__}: the cache must be a FixedSizeDynamicCache, others lose nothing and report "
                 f"nothing; got {S} keys for {Q} queries; {why_foreign_cache(module)}"
@@ -108,6 +107,14 @@ def _attend_elsewhere(
     visible = None if visible is None else visible[..., :S]
     output, _, _ = attend_with_weights(query, products_of(query, key, rule), value, visible, rule)
     return output.transpose(1, 2).contiguous()
+
+
+def _follows_virtual_tokens(module: torch.nn.Module, key: Tensor, Q: int) -> bool:
+    """Whether a text is read behind the virtual tokens of prefix tuning, in training or in evaluation."""
+    if Q == 1:
+        return False
+    is_trained = torch.is_grad_enabled() and key.requires_grad
+    return is_trained or key.shape[2] - Q in prefix_lengths(getattr(module, "config", None))
 
 
 def _causal(mask: Tensor, Q: int, S: int) -> Tensor:

@@ -16,9 +16,12 @@ from ..settings import FixedSizeCacheConfig, read_settings
 from . import generate_hook, marks, own_cache
 from .head_sizes import with_profile
 from .marks import Cap
-from .unwrapping import unwrap
+from .unwrapping import unwrap, virtual_tokens
 
 __all__ = ["Enabled", "as_default", "disable", "enable"]
+
+
+ENDED = "with: the handle must not have ended, nothing would be capped; got one that has; call {} again"
 
 
 class Enabled(contextlib.AbstractContextManager["Enabled"]):
@@ -42,6 +45,12 @@ class Enabled(contextlib.AbstractContextManager["Enabled"]):
         model = self._model()
         if model is not None:
             marks.remove(model, self._cap)
+
+    def __enter__(self) -> "Enabled":
+        model = self._model()
+        if model is None or not marks.holds(model, self._cap):
+            raise RuntimeError(ENDED.format("enable(model, ...)"))
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.disable()
@@ -119,7 +128,8 @@ def enable(
     if head_profile is not None:
         made = with_profile(made, head_profile, head_floor, max_tokens, model.config)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
-    cap = Cap(made, chunk, has_effect=any(isinstance(layer, FixedSizeLayer) for layer in cache.layers))
+    has_effect = any(isinstance(layer, FixedSizeLayer) for layer in cache.layers)
+    cap = Cap(made, chunk, has_effect, virtual_tokens(model_or_pipeline))
     if not cap.has_effect:
         warnings.warn(
             f"{type(model).__name__} has no layer whose cache grows: all have a sliding window or are linear, so there "
@@ -169,6 +179,11 @@ class Default(contextlib.AbstractContextManager["Default"]):
             self._enabled.clear()
         for handle in handles:
             handle.disable()
+
+    def __enter__(self) -> "Default":
+        if self._enable not in generate_hook.DEFAULTS:
+            raise RuntimeError(ENDED.format("as_default(...)"))
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self.disable()

@@ -17,12 +17,11 @@ from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import legacy
-from ..compat.capability import check_made_for, rotates_by_length, text_config
+from ..compat.capability import check_made_for, is_prefix_tuning, reads_in_one_piece, text_config
 from ..compat.transformers import (
     CACHE_NAME,
     CHUNKS_FORGET_EARLIER_TURNS,
     CHUNKS_FORGET_PADDING,
-    CHUNKS_FORGET_STATE,
     DynamicCache,
     is_assisted,
     prompt_length,
@@ -36,10 +35,33 @@ from .handed_over import Given, cache_of
 from .marks import NAME, RUNNING, enabled, enabled_with
 
 REMEDY = f"pass {CACHE_NAME}=FixedSizeDynamicCache(config=model.config), or nothing"
+OTHER_CACHE = (
+    f'generate: the cache of a model with "{NAME}" attention must be a FixedSizeDynamicCache or an empty DynamicCache; '
+    "got {}; {}, or call disable(model)"
+)
 TEXT_INPUTS = {"attention_mask", "position_ids", "cache_position", "token_type_ids", CACHE_NAME}
 
 
 DEFAULTS: list[Callable[[Any], None]] = []  # what as_default has set: functions that enable a model; the last counts
+
+
+def _is_capped(model: Any) -> bool:
+    """Whether the cache of a model must be one of ours."""
+    cap = enabled(model)
+    return cap.has_effect if cap is not None else text_config(model.config)._attn_implementation == NAME
+
+
+def _check_kind(model: Any, generation_config: Any) -> None:
+    """Before transformers makes a cache: what it would make, or be given, that cannot be one of ours."""
+    asked_for = generation_config.cache_implementation
+    if asked_for is not None and ("offloaded" in asked_for or "quantized" in asked_for):
+        raise TypeError(OTHER_CACHE.format(f"cache_implementation={asked_for!r}", "leave it away"))
+    tuned = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)  # PEFT sets it meanwhile
+    if is_prefix_tuning(getattr(tuned, "active_peft_config", None)):
+        raise NotImplementedError(
+            "generate: every token of the cache must have been read by the model; got prefix tuning of PEFT, which "
+            "brings virtual ones in a cache of its own; call disable(model)"
+        )
 
 
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: tuple) -> None:
@@ -68,10 +90,7 @@ def _prepare(model: Any, generation_config: Any, model_kwargs: dict, arguments: 
     elif type(cache) is not DynamicCache:
         asked_for = generation_config.cache_implementation
         remedy = REMEDY if asked_for is None else f"leave cache_implementation={asked_for!r} away"
-        raise TypeError(
-            f'generate: the cache of a model with "{NAME}" attention must be a FixedSizeDynamicCache or an empty '
-            f"DynamicCache; got a {type(cache).__name__}; {remedy}, or call disable(model)"
-        )
+        raise TypeError(OTHER_CACHE.format(f"a {type(cache).__name__}", remedy))
     else:
         legacy.adopt_empty(cache, FixedSizeDynamicCache(config=model.config, settings=_settings(model)))
     assisted = is_assisted(generation_config, arguments)
@@ -121,10 +140,9 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
         return
     cap, settings = enabled(model), model_kwargs[CACHE_NAME].settings
     chunk = settings.prefill_chunk_size if cap is None else cap.prefill_chunk_size
-    forgets = naive or text_config(model.config).model_type in CHUNKS_FORGET_STATE
     if (
-        forgets
-        or rotates_by_length(model.config)
+        naive
+        or reads_in_one_piece(model.config)
         or assisted
         or not _is_text_only(model_kwargs)
         or generation_config.compile_config is not None
@@ -159,9 +177,11 @@ def _install() -> None:
         if enabled(self) is None:
             for enable in DEFAULTS[-1:]:
                 enable(self)
+        is_capped = _is_capped(self)
+        if is_capped:
+            _check_kind(self, generation_config)
         result = original(self, generation_config, model_kwargs, *args, **kwargs)
-        cap = enabled(self)
-        if cap.has_effect if cap is not None else text_config(self.config)._attn_implementation == NAME:
+        if is_capped:
             _prepare(self, generation_config, model_kwargs, (*args, *kwargs.values()))
         return result
 
@@ -169,6 +189,23 @@ def _install() -> None:
 
     for name in ("_sample", "_beam_search", "_assisted_decoding"):
         setattr(GenerationMixin, name, _with_history(getattr(GenerationMixin, name)))
+    GenerationMixin.init_continuous_batching = _without_our_models(GenerationMixin.init_continuous_batching)
+
+
+def _without_our_models(original: Callable) -> Callable:
+    """Of continuous batching, which would switch to another attention where there is one, and go on with a cache that
+    is not capped."""
+
+    @functools.wraps(original)
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_capped(self):
+            raise NotImplementedError(
+                "generate_batch: continuous batching has a paged cache of its own, which cannot be capped; got an "
+                f"enabled {type(self).__name__}; call disable(model), or generate() with a padded batch"
+            )
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
 
 
 def _with_history(original: Callable) -> Callable:
@@ -188,9 +225,10 @@ def _with_history(original: Callable) -> Callable:
             given.remember(result if isinstance(result, Tensor) else result.sequences)
             return result
         finally:
+            for used in (cache, RUNNING.cache):
+                if used is not None:
+                    used.is_past_checked = False
             RUNNING.model, RUNNING.cache = before
-            if cache is not None:
-                cache.is_past_checked = False
 
     is_assisted_loop = original.__name__ == "_assisted_decoding"
     return generate

@@ -92,9 +92,12 @@ class Given:
     def _check_padding(self, layer: FixedSizeLayer) -> None:
         rows, B = (self.ids if self.embeds is None else self.embeds).shape[0], layer.slots.seen.shape[0]
         if rows != B:
+            remedy = "cache.batch_repeat_interleave(n) makes n rows of each"
+            if rows < B:
+                remedy = "cache.batch_select_indices(rows) keeps some; those of a beam search are beams: begin anew"
             raise ValueError(
                 f"generate: input_ids must have the {B} rows of the cache; got {rows} (with beams and "
-                "num_return_sequences); cache.batch_repeat_interleave(n) makes n rows of each"
+                f"num_return_sequences); {remedy}"
             )
         if self.mask is None and not layer.slots.may_have_holes:
             return

@@ -27,6 +27,7 @@ class Cap:
     settings: FixedSizeCacheConfig
     prefill_chunk_size: int
     has_effect: bool  # not where no layer's cache grows
+    virtual_tokens: int = 0  # of PEFT's prefix tuning, which come in a stock cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Running(threading.local):
     """What this thread is generating."""
 
     model: Any = None
-    cache: Any = None  # the cache that it began with
+    cache: Any = None  # the cache that it began with, or that came in its place
 
 
 RUNNING = Running()
@@ -53,10 +54,21 @@ def enabled(model: Any) -> Cap | None:
     return None if caps is None else caps.stack[-1]
 
 
+def holds(model: Any, cap: Cap) -> bool:
+    """Whether one cap of a model has not ended."""
+    caps = vars(model).get(MARK)
+    return caps is not None and any(other is cap for other in caps.stack)
+
+
 def enabled_with(config: Any) -> list:
     """The enabled models whose text decoder has this very config."""
     with LOCK:
         return [model for model in MODELS if enabled(model) and text_config(model.config) is config]
+
+
+def prefix_lengths(config: Any) -> set[int]:
+    """How many virtual tokens may come before a text of the enabled models that have this very config."""
+    return {enabled(model).virtual_tokens for model in enabled_with(config)} - {0}
 
 
 def add(model: Any, cap: Cap) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..compat.capability import forgets_state
 from ..compat.transformers import CACHE_NAME
 from ..dynamic_cache import FixedSizeDynamicCache
 from ..settings import FixedSizeCacheConfig
@@ -31,14 +32,15 @@ def perplexity(
 
     One call of ``model(ids)`` would not do: it has no cache to lose tokens from. In parts of one token this is what the
     tokens would have cost while generating; larger ones are faster, and see up to ``chunk_size`` tokens more than
-    ``cache_size``. With a cache that holds the whole text it is the perplexity of the stock model.
+    ``cache_size``. With a cache that holds the whole text it is the perplexity of the stock model, but where rotary
+    embeddings depend on the length (dynamic NTK, longrope): each part is rotated as it would be while generating.
 
     Args:
         model: what :func:`enable` takes; it is as before afterwards.
         ids: whole numbers ``[L]`` or ``[B, L]`` without padding, at least two tokens. The first one is not predicted.
         cache_size: tokens per layer and KV head. Default: that of an enabled model.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one, as ``enable`` takes them.
-        chunk_size: tokens read at a time. Default ``cache_size // 16``, at least 1.
+        chunk_size: tokens read at a time. Default ``cache_size // 16``, at least 1; always 1 for Jamba.
         progress: what draws a bar around the parts, such as ``tqdm.tqdm`` or ``rich.progress.track``.
         **fields: see :func:`enable`.
 
@@ -68,11 +70,16 @@ def perplexity(
         )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"perplexity: chunk_size must be at least 1; got {chunk_size}")
+    if chunk_size is not None and chunk_size > 1 and forgets_state(model.config):
+        raise ValueError(
+            f"perplexity: chunk_size must be 1 for {type(model).__name__}, whose recurrent layers read several tokens "
+            f"as if nothing had come before; got {chunk_size}"
+        )
     cap = enabled(model)
     if cap is not None and settings is None and cache_size is None and not fields:
         settings = cap.settings
     with enable(model, cache_size, settings=settings, **fields) as handle, torch.inference_mode():
-        chunk = max(1, handle.settings.average_size // 16) if chunk_size is None else chunk_size
+        chunk = default_chunk_size(model, handle.settings.average_size) if chunk_size is None else chunk_size
         cache = FixedSizeDynamicCache(config=model.config, settings=handle.settings)
         rows, total = rows.to(model.device), 0.0
         starts = range(0, rows.shape[1] - 1, chunk)  # the last token is only predicted
@@ -82,3 +89,8 @@ def perplexity(
             predicted = rows[:, start + 1 : stop + 1].flatten()
             total += cross_entropy(logits.flatten(0, 1).float(), predicted, reduction="sum").double()
     return math.exp(float(total) / (rows.shape[0] * (rows.shape[1] - 1)))
+
+
+def default_chunk_size(model: Any, cache_size: int) -> int:
+    """Tokens that are read at a time unless told otherwise."""
+    return 1 if forgets_state(model.config) else max(1, cache_size // 16)

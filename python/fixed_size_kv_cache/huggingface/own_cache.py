@@ -34,11 +34,19 @@ class _Kind(type):
         if cap is None or not cap.has_effect or args or len(kwargs) > 1:
             return DynamicCache(*args, **kwargs)
         if RUNNING.model is owners[0] and RUNNING.cache is not None:  # Phi-3 drops its cache once in a text
-            replaced = RUNNING.cache
-            return FixedSizeDynamicCache(
-                config=kwargs["config"], settings=replaced.settings, protected_spans=replaced.protected_spans
-            )
+            RUNNING.cache = _replacement(RUNNING.cache, kwargs["config"])
+            return RUNNING.cache
         return FixedSizeDynamicCache(config=kwargs["config"], settings=cap.settings)
+
+
+def _replacement(cache: FixedSizeDynamicCache, config: Any) -> FixedSizeDynamicCache:
+    """An empty cache for the rest of a generate() that has dropped the one it began with."""
+    made = FixedSizeDynamicCache(config=config, settings=cache.settings, protected_spans=cache.protected_spans)
+    made.is_past_checked = cache.is_past_checked
+    if cache.record_past:  # assisted decoding goes on to take tokens back
+        made.activate_past_recording()
+        made.keeps_recording = cache.keeps_recording
+    return made
 
 
 class OwnOrStock(DynamicCache, metaclass=_Kind):
