@@ -265,7 +265,7 @@ EDITS = [
     # ---- tokens taken back, assistants -------------------------------------------------------------------------------
     Edit(
         "recorded tokens stay where their rows were",
-        "python/fixed_size_kv_cache/layer/layer.py",
+        "python/fixed_size_kv_cache/layer/state.py",
         "self.recorded = self.recorded.select_rows(rows)",
         "pass",
         (STATE + "test_what_was_recorded_moves_with_its_row",),

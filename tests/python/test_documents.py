@@ -98,7 +98,7 @@ def test_readme_commands_run(tmp_path, fsdc):
         assert name == "fsdc"
         return fsdc(*arguments)
 
-    install_and_show, run_tests, generate = blocks_of("README.md", "bash")
+    install_and_show, run_tests, elsewhere, generate = blocks_of("README.md", "bash")
 
     *installs, show = install_and_show.strip().split(" && ")
     assert installs == ["pip install -U pip", "pip install -e ."]  # tests/run has done both, of this very checkout
@@ -106,6 +106,11 @@ def test_readme_commands_run(tmp_path, fsdc):
     assert last.strip()
 
     assert os.access(ROOT / run_tests.strip(), os.X_OK)  # it runs this test, so this test cannot run it
+
+    install, wheel = (shlex.split(line) for line in elsewhere.splitlines())
+    assert install == ["pip", "install", "git+URL"]
+    assert wheel == ["pip", "wheel", "--no-deps", "--wheel-dir", "dist", "git+URL"]
+    assert "pip wheel --no-deps -w" in (ROOT / ".ci/run").read_text()  # which compiles for minutes
 
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
     LlamaForCausalLM(LlamaConfig(vocab_size=212, **SMALL)).save_pretrained(tmp_path)

@@ -261,7 +261,8 @@ with enable(object(), cache_size=24) as handle:
 """
     assert check_types(tmp_path, program) == ['Revealed type is "int"']
     assert check_types(tmp_path, program.replace("cache_size=24)", "cache_size='24')", 2)) == [
-        'Argument "cache_size" to "enable" has incompatible type "str"; expected "int | None"',
+        'Argument "cache_size" to "enable" has incompatible type "str"; expected '
+        '"int | Sequence[int | Sequence[int] | None] | None"',
         'Revealed type is "int"',
     ]
     misspelt, *_ = check_types(tmp_path, program.replace(", enable", ", enabled"))

@@ -63,7 +63,7 @@ class Enabled(contextlib.AbstractContextManager["Enabled"]):
 
 def enable(
     model_or_pipeline: Any,
-    cache_size: int | Sequence | None = None,
+    cache_size: int | Sequence[int | Sequence[int] | None] | None = None,
     *,
     settings: FixedSizeCacheConfig | None = None,
     prefill_chunk_size: int | None = None,
