@@ -116,7 +116,7 @@ def test_learned_positions_end(name, models):
 def test_a_cache_that_does_not_fit_in_memory(models, monkeypatch):
     """One of any size costs a short text nothing; the text must be what does not fit."""
     assert run(models / "tied", "--cache-size", "99999999999").exit_code == 0
-    monkeypatch.setattr(slots, "_moved", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    monkeypatch.setattr(slots, "_moved", lambda *arguments: torch.empty(1 << 60, dtype=torch.uint8))
     said = refusal(models / "tied", "--cache-size", "99999999999")
     assert said.startswith("fsdc generate: out of memory: ") and "try a smaller --cache-size than 99999999999" in said
 

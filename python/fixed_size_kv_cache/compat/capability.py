@@ -126,8 +126,9 @@ def describe(config: Any) -> dict[str, Any]:
     found = {name: getattr(text, name, None) for name in DESCRIBED}
     if found["num_key_value_heads"] is None:  # some versions leave out what is usual
         found["num_key_value_heads"] = found["num_attention_heads"]
-    if found["head_dim"] is None and isinstance(found["num_attention_heads"], int):
-        found["head_dim"] = found["hidden_size"] // found["num_attention_heads"]
+    width, heads = found["hidden_size"], found["num_attention_heads"]
+    if found["head_dim"] is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        found["head_dim"] = width // heads
     return found
 
 
