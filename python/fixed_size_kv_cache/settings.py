@@ -103,7 +103,7 @@ class FixedSizeCacheConfig:
     @property
     def prefill_chunk_size(self) -> int:
         """Tokens of a long prompt that generate() of an enabled model reads at a time, unless told otherwise."""
-        return max(512, self.average_size)
+        return max(1024, self.average_size)
 
     def of_layer(self, i: int) -> "tuple[FixedSizeCacheConfig, ...]":
         """The settings of one layer: one for all of its KV heads, or one for each.

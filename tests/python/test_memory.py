@@ -2,8 +2,6 @@
 """Memory and time per token of a long text. What the model writes means nothing past the length it was trained for."""
 
 import resource
-import statistics
-import time
 
 import pytest
 import torch
@@ -27,22 +25,16 @@ def resident() -> int:
 
 
 class Watch(BaseStreamer):
-    """Is called at each token of a generate(): what is allocated and how long it took."""
+    """Is called at each token of a generate(): what is allocated."""
 
     def __init__(self, cache: FixedSizeDynamicCache) -> None:
-        self.cache, self.times, self.buffers, self.resident = cache, [], {}, {}
+        self.cache, self.buffers, self.resident = cache, {}, {}
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.process_time())
         seen = self.cache.get_seq_length()
         if seen in (2 * SIZE, LENGTH // 2, LENGTH - 1):
             self.resident[seen] = resident()
-            self.buffers[seen] = {
-                (name, x.data_ptr(), x.nbytes)
-                for layer in self.cache.layers
-                for name, x in vars(layer).items()
-                if isinstance(x, torch.Tensor)
-            }
+            self.buffers[seen] = [(x.data_ptr(), x.nbytes) for layer in self.cache.layers for x in layer.slots.tensors]
 
     def end(self) -> None:
         pass
@@ -67,11 +59,8 @@ def test_twenty_thousand_tokens_are_flat():
         )
     assert cache.get_seq_length() == LENGTH
     first, middle, last = watch.buffers.values()
-    assert first == middle == last
+    assert first == middle == last and len(first) >= 4
     assert watch.resident[LENGTH - 1] - watch.resident[2 * SIZE] < 30_000  # KiB; a stock cache would hold 41 MB
-    steps = torch.tensor(watch.times).diff().tolist()
-    early, late = (statistics.median(part) for part in (steps[1000:4000], steps[-3000:]))
-    assert late < 1.3 * early  # processor time; a cache that grows would take several times as long
 
 
 def test_a_prompt_is_read_without_a_square_of_it():

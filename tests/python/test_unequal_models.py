@@ -192,7 +192,7 @@ def test_the_floor_and_the_limit_of_a_profile():
     profile = HeadProfile("tiny", 1, hash_config(model.config), ERRORS)
     with enable(model, 12, head_profile=profile, head_floor=0.5, max_tokens=20) as handle:
         assert handle.settings.cache_size == tuple(map(tuple, head_budgets(ERRORS, 12, 0.5, 20)))
-        assert handle.prefill_chunk_size == 512
+        assert handle.prefill_chunk_size == 1024
     with enable(model, 12, head_profile=profile, head_floor=1.0) as handle:
         assert all(len(handle.settings.of_layer(i)) == 4 for i in range(3))
 

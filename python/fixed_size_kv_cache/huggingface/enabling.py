@@ -85,7 +85,7 @@ def enable(
         cache_size: tokens per layer and KV head: one number, or one for each layer or for each KV head of each layer.
         settings: a :class:`FixedSizeCacheConfig`; or its fields one by one:
         prefill_chunk_size: longer prompts are read in chunks of so many tokens, so that memory stays at two caches and
-            a chunk. Default ``max(512, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a
+            a chunk. Default ``max(1024, cache_size)``. Prompts with images, as embeddings, for assisted decoding, for a
             compiled generate() and for rotary embeddings that depend on the length come in one piece.
         head_profile: a :class:`HeadProfile` of the model, or its file (``profile_heads``, ``fsdc profile``): then
             ``cache_size`` is the average over all KV heads, and those that err more with few tokens get more of it.
