@@ -47,5 +47,13 @@ def of_divergence(rows: list[dict], default: list[dict], figures: str = "kl_of_s
     return Difference(100 * (exp(ratio) - 1), 100 * exp(ratio) * _error_of_mean(rest))
 
 
+def rank_correlation(one: list[float], other: list[float]) -> float:
+    """Spearman's, of figures that are all different."""
+    n = len(one)
+    ranks = [sorted(range(n), key=lambda at: figures[at]) for figures in (one, other)]
+    first, second = ({at: rank for rank, at in enumerate(order)} for order in ranks)
+    return 1 - 6 * sum((first[at] - second[at]) ** 2 for at in range(n)) / (n * (n * n - 1))
+
+
 def _error_of_mean(values: list[float]) -> float:
     return stdev(values) / sqrt(len(values))

@@ -9,6 +9,7 @@ A block between ``<!-- figures NAME: ... -->`` and ``<!-- end of figures -->`` i
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import noise
 
@@ -65,6 +66,156 @@ def generate() -> str:
     where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}"
     head = ["model", "tokens seen", "full cache", "fixed size", ""]
     return _table(head, rows) + f"\n\nMedians of both taking turns; {where}."
+
+
+DEFAULT = "gamma = 1 - 4/C, p = 0.05, rho = 0.95"  # names of benchmarks/quality/real_rules.py
+PLAIN = "gamma = 1 - 2/C, p = 0, rho = 0"
+UNEQUAL = "unequal, floor C/4: "
+REAL = {  # and what the tables call them
+    "full cache": "full cache",
+    DEFAULT: f"**default**: {DEFAULT}",
+    "accumulated attention (H2O)": "accumulated attention (H2O), C/2 recent",
+    "4 sinks and last tokens": "4 sinks and last tokens",
+    "random": "random, C/2 recent",
+}
+BY_PROFILE = {
+    PLAIN: "heads of one size",
+    "equal in a layer, layers as PyramidKV guesses": "layers as PyramidKV guesses",
+    "equal in a layer, layers by the profile": "layers by the profile, heads of a layer equal",
+    "unequal, floor C/2: " + PLAIN: "heads by the profile, at least C/2",
+    UNEQUAL + PLAIN: "heads by the profile, at least C/4",
+    "unequal, floor C/8: " + PLAIN: "heads by the profile, at least C/8",
+    **{
+        f"unequal, floor C/4, profile of {what}": f"C/4, profile of {what}"
+        for what in ("the first text", "the second text", "half as many tokens", "random ids", "other random ids")
+    },
+}
+
+
+def _real(measure: str) -> dict[tuple[str, int | None], dict]:
+    """Rows of a measure by rule and size."""
+    rows = _read("real_model")["rows"]
+    return {(row["rule"]["name"], row["cache_size"]): row for row in rows if row["measure"] == measure}
+
+
+def _kl(row: dict | None) -> str:
+    return "" if row is None or row["cache_size"] is None else f"{fmean(row['kl']):.3f}".lstrip("0")
+
+
+def _facts(row: dict | None) -> str:
+    return "" if row is None else f"{sum(row['right'])}"
+
+
+def _answered(row: dict) -> dict:
+    """A row as ``noise`` takes it."""
+    return row | {"answers": {"facts": list(zip(row["right"], row["asked"], strict=True))}}
+
+
+def _told(found: dict) -> str:
+    row = found["full cache", None]
+    return f"{len(row['right'])} texts with {row['asked'][0]} facts each, {fmean(row['tokens']):.0f} tokens"
+
+
+def real_model() -> str:
+    """What a real model keeps of its texts, with heads of one size and of sizes by the profile."""
+    found, sizes = _real("prompt"), (128, 256)
+    shown = {
+        "full cache": "full cache",
+        UNEQUAL + DEFAULT: "**ours, heads of different size by the profile**",
+        **REAL,
+        DEFAULT: "**ours, heads of one size**",
+    }
+    rows = []
+    for name in shown:
+        cases = [found["full cache", None] if name == "full cache" else found[name, C] for C in sizes]
+        rows.append([shown[name], *map(_facts, cases), *map(_kl, cases)])
+    unequal, equal = ([_answered(found[name, C]) for C in sizes] for name in (UNEQUAL + DEFAULT, DEFAULT))
+    more, nearer = noise.of_recall(unequal, equal), noise.of_divergence(unequal, equal, "kl")
+    asked = sum(found["full cache", None]["asked"])
+    head = [f"of {asked} facts", *(f"right, C={C}" for C in sizes), *(f"KL, C={C}" for C in sizes)]
+    return _table(head, rows) + (
+        f"\n\n{_told(found)}. Heads of different size, text by text: {_difference(more, 'points')} of facts, "
+        f"{_difference(nearer, '%')} of KL, ± one standard error."
+    )
+
+
+def real_rules() -> str:
+    """Rules with heads of one size, each against the default, text by text."""
+    found = _real("prompt")
+    names = {name for (name, C), row in found.items() if C and row["rule"]["heads"] == "equal"}
+    ordered = [*REAL, *sorted(names - REAL.keys())]
+    default, rows = [found[DEFAULT, C] for C in (128, 256)], []
+    for name in ordered:
+        if name == "full cache":
+            continue
+        difference = noise.of_divergence([found[name, C] for C in (128, 256)], default, "kl")
+        compared = "" if name == DEFAULT else _difference(difference, "%")
+        cases = [found.get((name, C)) for C in (64, 128, 256, 512)]
+        rows.append([REAL.get(name, name), *map(_kl, cases), compared, *map(_facts, cases)])
+    full = found["full cache", None]
+    head = [
+        "rule",
+        *(f"KL, C={C}" for C in (64, 128, 256, 512)),
+        "to the default",
+        *(f"facts, C={C}" for C in (64, 128, 256, 512)),
+    ]
+    return _table(head, rows) + (
+        f"\n\n{_told(found)}; the full cache answers {sum(full['right'])} of {sum(full['asked'])}. To the default: at "
+        "C=128 and 256, ± one standard error, in brackets where the difference is below two."
+    )
+
+
+def real_heads() -> str:
+    """Heads of different size."""
+    found, rows = _real("prompt"), []
+    for name, shown in BY_PROFILE.items():
+        difference = noise.of_divergence([found[name, 256]], [found[PLAIN, 256]], "kl")
+        compared = "" if name == PLAIN else _difference(difference, "%")
+        cases = [found.get((name, C)) for C in (64, 128, 256, 512)]
+        rows.append([shown, *map(_kl, cases), compared, *map(_facts, cases)])
+    head = [
+        "sizes of heads",
+        *(f"KL, C={C}" for C in (64, 128, 256, 512)),
+        "to one size, C=256",
+        *(f"facts, C={C}" for C in (64, 128, 256, 512)),
+    ]
+    profiles = {
+        name: [error for layer in layers for error in layer] for name, layers in _read("real_model")["profiles"].items()
+    }
+    alike = ", ".join(
+        f"of {name} {noise.rank_correlation(profiles['usual'], other):.2f}"
+        for name, other in profiles.items()
+        if name != "usual"
+    )
+    full = found["full cache", None]
+    return _table(head, rows) + (
+        f"\n\nWithin a head {PLAIN}. {_told(found)}; full cache: {sum(full['right'])} of {sum(full['asked'])}. "
+        f"Rank correlation of the profile of two texts with that {alike}."
+    )
+
+
+def real_measures() -> str:
+    """The other measures: a stream, longer texts, a dialogue."""
+    stream, long, talk = _real("stream"), _real("long"), _real("dialogue")
+    rows = []
+    heads = UNEQUAL + PLAIN, "unequal, floor C/8: " + PLAIN
+    for name in ("full cache", DEFAULT, PLAIN, "accumulated attention (H2O)", "4 sinks and last tokens", *heads):
+        sized = [(name, None if name == "full cache" else C) for C in (128, 256, 512)]
+        cells = [_kl(stream.get(sized[0])), _kl(long.get(sized[1])), _kl(long.get(sized[2]))]
+        cells += [_facts(long.get(sized[1])), _facts(long.get(sized[2])), _facts(talk.get(sized[1]))]
+        rows.append([REAL.get(name, name), *cells])
+    asked = [sum(each["full cache", None]["asked"]) for each in (long, talk)]
+    head = [
+        "rule",
+        "KL, stream, C=128",
+        "KL, long, C=256",
+        "C=512",
+        f"of {asked[0]} facts, long, C=256",
+        "C=512",
+        f"of {asked[1]} facts, dialogue, C=256",
+    ]
+    count = len(stream[PLAIN, 128]["kl"])
+    return _table(head, rows) + f"\n\nStream: {count} texts. Long: {_told(long)}. Dialogue: {_told(talk)}."
 
 
 def demo() -> str:

@@ -25,13 +25,13 @@ import fcntl
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from real_rules import MAIN, MORE, PLAIN, SHARES, Rule, ours, unequal
+from real_rules import FEW, MAIN, MORE, PLAIN, SHARES, SMALL_PRIOR, TOYS, Rule, unequal
 from real_texts import Passage, Texts
 from rich.progress import Progress
 from simulator import Held, read, simulated
@@ -48,19 +48,17 @@ CONTINUATION, PART, FIRST = 64, 16, 512
 Cell = tuple[Rule, int]  # a rule and the average size of its heads
 
 
-def cells(rules: Sequence[Rule], sizes: Sequence[int]) -> list[Cell]:
-    return [(rule, C) for C in sizes for rule in rules]
+def cells(rules: Iterable[Rule], sizes: Sequence[int]) -> list[Cell]:
+    return [(rule, C) for rule in rules for C in sizes]
 
 
-FEW = [
-    *(rule for rule in MAIN if rule.heads == "equal" and rule.name != "random"),
-    unequal(PLAIN, 0.125),
-    unequal(PLAIN),
-]
 TRIED = {
-    "prompt": cells(MAIN, (64, 128, 256, 512)) + cells(MORE, (128, 256)) + cells(SHARES, (256,)),
+    "prompt": cells([*MAIN, *TOYS], (64, 128, 256, 512))
+    + cells([unequal(SMALL_PRIOR)], (128, 256, 512))
+    + cells(MORE, (128, 256))
+    + cells(SHARES, (256,)),
     "long": cells(FEW, (256, 512)),
-    "dialogue": cells([ours(4, 0.05, 0.95), PLAIN, *FEW[-4:]], (256,)),
+    "dialogue": cells(FEW, (256,)),
     "stream": cells([rule for rule in MAIN if rule.name != "random"], (128,)),
 }
 COUNTS = {"prompt": 20, "long": 5, "dialogue": 8, "stream": 5}  # texts
@@ -70,7 +68,7 @@ FACTS = {"prompt": 4, "long": 6, "dialogue": 6}
 
 
 class Results:
-    """A row for each measure, rule and size, with the figures of each text; those of other measures stay."""
+    """A row for each measure, rule and size, with the figures of each text. Other rows of the file stay."""
 
     def __init__(self, path: Path | None, head: dict) -> None:
         self.path, self.head, self.rows = path, head, {}
@@ -87,12 +85,14 @@ class Results:
     def write(self) -> None:
         if self.path is None:
             return
-        measures = {measure for measure, _, _ in self.rows}
         with open(self.path, "a+") as file:  # several measures may be running
             fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
             text = file.read()
-            others = [row for row in json.loads(text)["rows"] if row["measure"] not in measures] if text else []
+            before = json.loads(text)["rows"] if text else []
+            others = [
+                row for row in before if (row["measure"], row["rule"]["name"], row["cache_size"]) not in self.rows
+            ]
             rows = ",\n".join(json.dumps(row) for row in [*others, *self.rows.values()])
             profiles = {**(json.loads(text)["profiles"] if text else {}), **self.head["profiles"]}
             head = json.dumps({**self.head, "profiles": profiles, "rows": []})
@@ -241,12 +241,18 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", choices=list(TRIED), default=list(TRIED))
     parser.add_argument("--count", type=int, help="texts of each measure; else " + str(COUNTS))
     parser.add_argument("--sizes", type=int, nargs="+", help="only these cache sizes")
+    parser.add_argument("--rules", nargs="+", help="only rules of these names")
     arguments = parser.parse_args()
     from harness import machine
 
     model, tokenizer = load(arguments.model)
     tried = {
-        name: [cell for cell in TRIED[name] if arguments.sizes is None or cell[1] in arguments.sizes]
+        name: [
+            (rule, C)
+            for rule, C in TRIED[name]
+            if (arguments.sizes is None or C in arguments.sizes)
+            and (arguments.rules is None or rule.name in arguments.rules)
+        ]
         for name in arguments.measures
     }
     made = profiles(model, tokenizer, {rule.profile for each in tried.values() for rule, _ in each})

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from simulator import Held, Vote, cut
 
+from fixed_size_kv_cache.head_budgets import head_budgets
 from fixed_size_kv_cache.settings import FixedSizeCacheConfig
 
 PYRAMID = 20  # PyramidKV's beta: the last layer has a 20th of the average
@@ -45,7 +46,7 @@ class Rule:
         return 1 - self.forgetting / max(C, 2 * self.forgetting)
 
     def settings(self, slots: int, C: int) -> FixedSizeCacheConfig:
-        """Those of a head with ``slots`` of the average ``C``."""
+        """Those of a head with ``slots`` of the average ``C``: its edges are those of a cache of its own size."""
         return FixedSizeCacheConfig(
             cache_size=slots,
             recent_tokens=int(self.recent * slots),
@@ -56,15 +57,15 @@ class Rule:
         )
 
     def sizes(self, errors: Sequence[Sequence[float]], C: int, tokens: int) -> list[list[int]]:
-        """Slots of each head of each layer, ``C`` on average, of a text of ``tokens``."""
-        if self.heads == "equal":
+        """Slots of each head of each layer, ``C`` on average, none more than the ``tokens`` of the text."""
+        if tokens <= C or self.heads == "equal":
             return [[C] * len(layer) for layer in errors]
         if self.heads == "unequal":
             return head_budgets(errors, C, self.floor, tokens)
         if self.heads == "layers":
             return head_budgets([[sum(layer) / len(layer)] * len(layer) for layer in errors], C, self.floor, tokens)
-        least, last = C / PYRAMID, max(1, len(errors) - 1)
-        falling = [[(2 * C - 2 * least) * (1 - at / last)] * len(layer) for at, layer in enumerate(errors)]
+        last = max(1, len(errors) - 1)
+        falling = [[1 - at / last] * len(layer) for at, layer in enumerate(errors)]
         return head_budgets(falling, C, 1 / PYRAMID, tokens)
 
     def apply(self, layers: Sequence[Held], sizes: Sequence[Sequence[int]], C: int, group: int) -> list[Held]:
@@ -83,36 +84,6 @@ class Rule:
         return said | said.pop("knobs")
 
 
-def head_budgets(errors: Sequence[Sequence[float]], C: int, floor: float, max_tokens: int) -> list[list[int]]:
-    """Slots of each KV head, ``C`` on average: at least ``floor * C``, the rest in proportion to the output error, at
-    most ``max_tokens``."""
-    flat = [error for layer in errors for error in layer]
-    base = min(max(1, round(floor * C)), max_tokens)
-    total = min(C, max_tokens) * len(flat)
-    extra, capped = [0.0] * len(flat), set()
-    while True:
-        left = total - base * len(flat) - sum(extra[at] for at in capped)
-        weights = {at: error for at, error in enumerate(flat) if at not in capped}
-        whole = sum(weights.values())
-        for at, error in weights.items():
-            extra[at] = left * (error / whole if whole > 0 else 1 / len(weights))
-        full = {at for at in weights if base + extra[at] > max_tokens}
-        if not full:
-            break
-        capped |= full
-        for at in full:
-            extra[at] = float(max_tokens - base)
-    slots = [base + int(more) for more in extra]
-    fractions = sorted(range(len(flat)), key=lambda at: (slots[at] - base - extra[at], at))  # the largest first
-    for at in fractions[: total - sum(slots)]:
-        slots[at] += 1
-    split, at = [], 0
-    for layer in errors:
-        split.append(slots[at : at + len(layer)])
-        at += len(layer)
-    return split
-
-
 def ours(forgetting: float, prior: float, rho: float) -> Rule:
     """Our rule, named by its three numbers."""
     name = f"gamma = 1 - {forgetting:g}/C, p = {prior:g}, rho = {rho:g}"
@@ -128,13 +99,16 @@ def unequal(rule: Rule, floor: float = 0.25, **changes) -> Rule:
 NEITHER = dict(score_prior=0.0, redundancy=0.0)
 MEAN = Rule("mean over the queries that saw it", 0.0, "mean", knobs=NEITHER)
 PLAIN = ours(2, 0, 0)
+SMALL_PRIOR = ours(4, 0.02, 0.95)
+DEFAULT = ours(4, 0.05, 0.95)
 BASELINES = [
     Rule("accumulated attention (H2O)", 0.0, recent=0.5, knobs=dict(NEITHER, value_weight=False)),
     Rule("4 sinks and last tokens", knobs=dict(policy="streaming", sink_tokens=4)),
     Rule("random", recent=0.5, knobs=dict(policy="random")),
 ]
-MAIN = [  # at every size, in every measure but that of long texts
-    ours(4, 0.05, 0.95),
+MAIN = [  # at every size
+    SMALL_PRIOR,
+    DEFAULT,
     ours(4, 0.02, 0.5),
     ours(2, 0.02, 0.5),
     ours(2, 0, 0.5),
@@ -145,8 +119,9 @@ MAIN = [  # at every size, in every measure but that of long texts
     unequal(PLAIN),
     unequal(ours(2, 0.02, 0.5)),
 ]
+FEW = [SMALL_PRIOR, DEFAULT, PLAIN, *BASELINES[:2], unequal(PLAIN, 0.125), unequal(PLAIN), unequal(SMALL_PRIOR)]
+TOYS = [ours(2, 0.05, 0.9), ours(2, 0.02, 0.95), ours(4, 0.02, 0.9)]  # what the toy models can live with
 MORE = [  # at the middle sizes, after a prompt
-    ours(4, 0.02, 0.95),
     ours(4, 0, 0.95),
     ours(4, 0.05, 0),
     ours(2, 0.05, 0.95),
@@ -155,7 +130,7 @@ MORE = [  # at the middle sizes, after a prompt
     Rule("max(gamma s, p), gamma = 1 - 2/C", 2.0, "max", knobs=NEITHER),
     Rule("no value weight, gamma = 1 - 2/C", 2.0, knobs=dict(NEITHER, value_weight=False)),
     unequal(PLAIN, 0.5),
-    unequal(ours(4, 0.05, 0.95)),
+    unequal(DEFAULT),
     unequal(MEAN),
 ]
 SHARES = [  # how much of it is due to layers, and how much to which text the profile has read; at one size

@@ -119,11 +119,19 @@ def test_noise_is_that_of_the_differences(script):
     assert more == pytest.approx((10, 0), abs=1e-9)  # points
     twice = noise.of_divergence([row([], [0.2, 0.4, 0.6, 0.8])], default)
     assert twice == pytest.approx((100, 0), abs=1e-9)  # percent
+    assert noise.of_divergence([{"kl": [2.0, 4.0]}], [{"kl": [1.0, 2.0]}], "kl") == pytest.approx((100, 0), abs=1e-9)
 
     mixed = noise.of_recall([row([2, 2, 6, 6], [])], default)  # 2, 0, 2 and 0 more of 10
     error = 100 * statistics.stdev([0.2, 0, 0.2, 0]) / 4**0.5 / 2**0.5  # of the mean of two tasks
     assert mixed == pytest.approx((10, error)) and mixed.is_real == (2 * error < 10)
     assert not noise.Difference(-1.9, 1).is_real and noise.Difference(-2.1, 1).is_real
+
+
+def test_rank_correlation(script):
+    noise = script("noise")
+    assert noise.rank_correlation([3.0, 1.0, 2.0], [30.0, 5.0, 7.0]) == 1
+    assert noise.rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == -1
+    assert noise.rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 4.0, 3.0]) == pytest.approx(0.8)
 
 
 def test_the_sweep_keeps_what_noise_is_made_of(script, monkeypatch, tmp_path):

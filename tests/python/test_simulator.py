@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The simulator of benchmarks/quality keeps the very tokens that the product's cache keeps."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -109,17 +110,43 @@ def test_votes_of_other_kinds():
             torch.testing.assert_close(layer.votes[votes[1]], received.sum(2), rtol=1e-5, atol=1e-6)
 
 
-def test_budgets():
+def test_unequal_heads_keep_what_the_product_keeps():
+    """Sizes by a profile, on a whole model. Without sinks, of which the product's small heads have fewer."""
+    rule = dataclasses.replace(
+        real_rules.unequal(real_rules.SMALL_PRIOR), knobs=real_rules.SMALL_PRIOR.knobs | {"sink_tokens": 0}
+    )
+    model, ids = tiny_llama(), tokens(1, sum(LENGTHS))
+    errors = [[0.1, 0.5, 0.0, 0.2], [0.9, 0.0, 0.3, 0.1], [0.2, 0.2, 0.1, 0.4]]
+    sizes = rule.sizes(errors, C, 999)
+    assert (
+        min(map(min, sizes)) == C // 4 and sum(map(sum, sizes)) == 12 * C and len({*sizes[0], *sizes[1], *sizes[2]}) > 6
+    )
+    settings = vars(rule.settings(C, C)) | {"cache_size": sizes}
+    cache, layers, start = new_cache(model, **settings), [], 0
+    for length in LENGTHS:
+        part = ids[:, start : start + length]
+        with enable(model, C):
+            expected = feed(model, cache, part, [length])
+        with simulator.simulated(model):
+            logits, layers = simulator.read(model, part, layers, [rule.vote(C)], logits=length)
+        layers = rule.apply(layers, sizes, C, group=2)
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+        for i, layer in enumerate(layers):
+            shown = [sorted(p for p in head if p >= 0) for head in cache.get_positions(i)[0].tolist()]
+            assert held_by(layer) == shown
+        start += length
+
+
+def test_sizes():
     errors = [[0.0, 3.0], [1.0, 0.0]]
-    assert real_rules.head_budgets(errors, 100, 0.25, 10_000) == [[25, 250], [100, 25]]
-    assert real_rules.head_budgets(errors, 100, 0.25, 200) == [[25, 200], [150, 25]]  # what one cannot use others get
-    assert real_rules.head_budgets(errors, 100, 0.25, 60) == [[60, 60], [60, 60]]
-    assert real_rules.head_budgets([[0.0] * 3], 10, 0.5, 99) == [[10, 10, 10]]
-    odd = real_rules.head_budgets([[0.3, 0.5, 0.11], [0.01, 0.07, 0.2]], 37, 0.125, 80)
-    assert sum(map(sum, odd)) == 6 * 37 and min(map(min, odd)) >= 5 and max(map(max, odd)) <= 80
-    pyramid = real_rules.SHARES[1].sizes([[1.0] * 2] * 5, 100, 10_000)
-    assert [layer[0] for layer in pyramid] == sorted((layer[0] for layer in pyramid), reverse=True)
-    assert pyramid[0][0] == 195 and pyramid[-1][0] == 5 and sum(map(sum, pyramid)) == 1000
+    rule = real_rules.unequal(real_rules.PLAIN, 0.25)
+    assert rule.sizes(errors, 100, 200) == [[25, 200], [150, 25]]  # what one cannot use others get
+    assert rule.sizes(errors, 100, 90) == real_rules.PLAIN.sizes(errors, 100, 999) == [[100, 100], [100, 100]]
+    layers, pyramid = real_rules.SHARES[:2]
+    assert layers.sizes(errors, 100, 999) == [[138, 138], [62, 62]]
+    sizes = pyramid.sizes([[1.0] * 2] * 5, 100, 10_000)
+    assert [layer[0] for layer in sizes] == sorted((layer[0] for layer in sizes), reverse=True)
+    assert sizes[0][0] == 195 and sizes[-1][0] == 5 and sum(map(sum, sizes)) == 1000
 
 
 def test_settings_follow_each_heads_size():

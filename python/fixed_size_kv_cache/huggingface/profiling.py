@@ -51,7 +51,7 @@ def profile_heads(
     Args:
         model: what :func:`enable` takes; it is as before afterwards.
         tokenizer_or_ids: the model's tokenizer; or what is read instead of texts, token ids ``[L]`` or a list of such.
-            None: random ids, which tell less than text does.
+            None: random ids, which tell nearly as much.
         texts: what a tokenizer is given instead of two texts of our own, of which the first ``length`` tokens are read.
         length: tokens of a text at most, and at most half of what the model was trained to read.
         kept: how many tokens of the first reading a head keeps, those that it attends to most in the second.
