@@ -2,8 +2,13 @@
 """Reading a prompt: generate() of one token, an enabled model against the stock cache with sdpa, side by side.
 
 python benchmarks/prompt.py [rounds]
+
+Time, of contenders taking turns; and the most memory while it is read, each in a process of its own.
 """
 
+import ctypes
+import multiprocessing
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +24,8 @@ from fixed_size_kv_cache import disable, enable  # noqa: E402
 
 CACHE_SIZES = (256, 1024)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+LONG = 4096  # from here on two rounds do, and memory is measured
+STOCK = "stock, sdpa"
 
 
 def llama(kv_heads: int, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -41,23 +48,45 @@ def llama(kv_heads: int, dtype: torch.dtype) -> LlamaForCausalLM:
 def measure(model, S: int, rounds: int) -> dict[str, object]:
     """Microseconds to read S tokens, with the stock cache and with ours of each size."""
     ids = torch.randint(0, 4096, (1, S))
-
-    def read(cache_size: int | None) -> None:
-        if cache_size is None:
-            disable(model)
-        else:
-            enable(model, cache_size=cache_size)
-        model.generate(ids, max_new_tokens=1, do_sample=False)
-
-    contenders = {"stock, sdpa": lambda: read(None)}
-    contenders |= {f"C={size}": (lambda size=size: read(size)) for size in CACHE_SIZES}
+    contenders = {STOCK: lambda: read(model, ids, None)}
+    contenders |= {f"C={size}": (lambda size=size: read(model, ids, size)) for size in CACHE_SIZES}
     times = harness.time_in_turns(contenders, rounds)
-    stock = times["stock, sdpa"]["median_us"]
+    stock = times[STOCK]["median_us"]
     return {
         "tokens": S,
         "times": times,
-        "of_stock": {name: taken["median_us"] / stock for name, taken in times.items() if name != "stock, sdpa"},
+        "of_stock": {name: taken["median_us"] / stock for name, taken in times.items() if name != STOCK},
     }
+
+
+def read(model, ids: torch.Tensor, cache_size: int | None) -> None:
+    if cache_size is None:
+        disable(model)
+    else:
+        enable(model, cache_size=cache_size)
+    model.generate(ids, max_new_tokens=1, do_sample=False)
+
+
+def peak_bytes(kv_heads: int, dtype: torch.dtype, S: int, cache_size: int | None) -> int:
+    """The most memory that reading S tokens takes, beyond the model's and what 16 tokens take. For a fresh process."""
+    model = llama(kv_heads, dtype)
+    read(model, torch.zeros(1, 16, dtype=torch.long), cache_size)
+    ctypes.CDLL(None).malloc_trim(0)  # what making the model took
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest is that of now
+    read(model, torch.randint(0, 4096, (1, S)), cache_size)
+    return _memory("VmHWM") - before
+
+
+def peaks(kv_heads: int, dtype: torch.dtype, S: int) -> dict[str, int]:
+    """:func:`peak_bytes` of all contenders."""
+    sizes = {STOCK: None} | {f"C={size}": size for size in CACHE_SIZES}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        return {name: processes.apply(peak_bytes, (kv_heads, dtype, S, size)) for name, size in sizes.items()}
+
+
+def _memory(which: str) -> int:
+    return 1024 * int(re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def main() -> None:
@@ -68,11 +97,14 @@ def main() -> None:
             model, case = llama(kv_heads, dtype), f"{name}, {str(dtype).removeprefix('torch.')}"
             results[case] = []
             for S in LENGTHS:
-                point = measure(model, S, rounds if S < 4096 else 2)
+                point = measure(model, S, rounds if S < LONG else 2)
                 results[case].append(point)
                 shares = ", ".join(f"{size} {share:.2f}x" for size, share in point["of_stock"].items())
-                stock = point["times"]["stock, sdpa"]["median_us"] / 1e3
+                stock = point["times"][STOCK]["median_us"] / 1e3
                 print(f"{case}: S={S:5} stock {stock:.0f} ms; {shares}", flush=True)
+                if S >= LONG:
+                    point["peak_bytes"] = peaks(kv_heads, dtype, S)
+                    print("  " + ", ".join(f"{who} {x / 2**20:.0f} MiB" for who, x in point["peak_bytes"].items()))
     harness.write(ROOT / "benchmarks/results/prompt_cpu.json", {"cases": results})
 
 

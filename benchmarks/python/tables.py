@@ -15,7 +15,7 @@ import noise
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
-DOCUMENTS = ("README.md", "docs/eviction.md")
+DOCUMENTS = ("README.md", "docs/eviction.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- figures (\w+): .*? -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -216,6 +216,63 @@ def real_measures() -> str:
     ]
     count = len(stream[PLAIN, 128]["kl"])
     return _table(head, rows) + f"\n\nStream: {count} texts. Long: {_told(long)}. Dialogue: {_told(talk)}."
+
+
+def prompt() -> str:
+    """Time to read a prompt, ours of stock's, and the memory that it takes."""
+    result = _read("prompt_cpu")
+    machine, rows = result["machine"], []
+    for name, points in result["cases"].items():
+        for point in points:
+            stock, *ours = point["times"]
+            peaks = point.get("peak_bytes", {})
+            rows.append([name if point is points[0] else "", f"{point['tokens']}"])
+            rows[-1].append(f"{point['times'][stock]['median_us'] / 1e3:.0f} ms")
+            rows[-1] += [f"{point['of_stock'][size]:.2f}x" for size in ours]
+            rows[-1].append(" / ".join(f"{peaks[who] / 2**20:.0f}" for who in point["times"]) + " MiB" if peaks else "")
+    where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
+    head = [
+        "6 layers of 512",
+        "tokens",
+        "full cache",
+        *(f"{size}, of that time" for size in ours),
+        "memory of the three",
+    ]
+    return _table(head, rows) + (
+        "\n\n`generate(max_new_tokens=1)`; medians of contenders taking turns; the most memory beyond the model's, "
+        f"each in a process of its own. {where}."
+    )
+
+
+def decode_attention() -> str:
+    """decode_attention_ and its contenders."""
+    result = _read("decode_attention_cpu")
+    machine, rows = result["machine"], []
+    contenders = ["original step in Python", "DynamicCache + sdpa", "static slots + sdpa"]
+    for name, case in result["cases"].items():
+        if "share_of_read_floor" not in case:
+            continue
+        faster = [f"{case['times_faster_than'][other]:.1f}x" for other in contenders]
+        ours = case["times"]["fsdc.decode_attention_"]["median_us"]
+        rows.append([name, f"{ours:.0f} us", f"{case['share_of_read_floor']:.0%}", *faster])
+    head = ["a decode step", "decode_attention_", "share of the read floor", *(f"faster than {x}" for x in contenders)]
+    where = f"{machine['processor']}, {machine['cpu_isa']}, torch {machine['torch']}"
+    return (
+        _table(head, rows) + f"\n\nMedians of contenders taking turns, each with keys and values of its own; {where}."
+    )
+
+
+def chunk_attention() -> str:
+    """chunk_attention_ of attention without votes."""
+    result = _read("chunk_attention_cpu")
+    machine, rows = result["machine"], []
+    sdpa, ours, with_redundancy = next(iter(result["cases"].values()))["times"]
+    for name, case in result["cases"].items():
+        of_sdpa = [f"{case['times_of_sdpa'][who]:.2f}x" for who in (ours, with_redundancy)]
+        rows.append([name, f"{case['times'][sdpa]['median_us'] / 1e3:.2f} ms", *of_sdpa])
+    where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
+    head = ["a chunk", sdpa, f"{ours}, of that time", "with redundancy"]
+    return _table(head, rows) + f"\n\nMedians of contenders taking turns; {where}."
 
 
 def demo() -> str:
