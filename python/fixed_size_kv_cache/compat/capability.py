@@ -123,13 +123,21 @@ DESCRIBED = (
 def describe(config: Any) -> dict[str, Any]:
     """What a cache made for one model and another model must have in common, as far as the config says it."""
     text = text_config(config)
-    found = {name: getattr(text, name, None) for name in DESCRIBED}
+    found = {name: field(text, name) for name in DESCRIBED}
     if found["num_key_value_heads"] is None:  # some versions leave out what is usual
         found["num_key_value_heads"] = found["num_attention_heads"]
     width, heads = found["hidden_size"], found["num_attention_heads"]
     if found["head_dim"] is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
         found["head_dim"] = width // heads
     return found
+
+
+def field(config: Any, name: str) -> Any:
+    """A field of a config; None where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # AmbiguousGlobalPerLayerAttributeError, of transformers 5.23 on
+        return None
 
 
 def text_config(config: Any) -> Any:
