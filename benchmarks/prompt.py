@@ -16,9 +16,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "benchmarks/python")]
+sys.path += [str(ROOT / "benchmarks/python"), str(ROOT / "tests/python")]
 
 import harness  # noqa: E402
+import stories  # noqa: E402
 
 from fixed_size_kv_cache import disable, enable  # noqa: E402
 
@@ -26,6 +27,13 @@ CACHE_SIZES = (256, 1024)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONG = 4096  # from here on two rounds do, and memory is measured
 STOCK = "stock, sdpa"
+LLAMAS = {  # 6 layers of 512: KV heads and type
+    "MHA 8/8, float32": (8, torch.float32),
+    "MHA 8/8, bfloat16": (8, torch.bfloat16),
+    "GQA 8/2, float32": (2, torch.float32),
+    "GQA 8/2, bfloat16": (2, torch.bfloat16),
+}
+STORIES = "stories260K, float32"
 
 
 def llama(kv_heads: int, dtype: torch.dtype) -> LlamaForCausalLM:
@@ -45,9 +53,17 @@ def llama(kv_heads: int, dtype: torch.dtype) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().to(dtype)
 
 
+def make(name: str):
+    if name in LLAMAS:
+        return llama(*LLAMAS[name])
+    model = stories.load_model()
+    model.config.max_position_embeddings = 1 << 17
+    return model
+
+
 def measure(model, S: int, rounds: int) -> dict[str, object]:
     """Microseconds to read S tokens, with the stock cache and with ours of each size."""
-    ids = torch.randint(0, 4096, (1, S))
+    ids = random_ids(model, S)
     contenders = {STOCK: lambda: read(model, ids, None)}
     contenders |= {f"C={size}": (lambda size=size: read(model, ids, size)) for size in CACHE_SIZES}
     times = harness.time_in_turns(contenders, rounds)
@@ -59,6 +75,10 @@ def measure(model, S: int, rounds: int) -> dict[str, object]:
     }
 
 
+def random_ids(model, S: int) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (1, S))
+
+
 def read(model, ids: torch.Tensor, cache_size: int | None) -> None:
     if cache_size is None:
         disable(model)
@@ -67,22 +87,22 @@ def read(model, ids: torch.Tensor, cache_size: int | None) -> None:
     model.generate(ids, max_new_tokens=1, do_sample=False)
 
 
-def peak_bytes(kv_heads: int, dtype: torch.dtype, S: int, cache_size: int | None) -> int:
+def peak_bytes(name: str, S: int, cache_size: int | None) -> int:
     """The most memory that reading S tokens takes, beyond the model's and what 16 tokens take. For a fresh process."""
-    model = llama(kv_heads, dtype)
+    model = make(name)
     read(model, torch.zeros(1, 16, dtype=torch.long), cache_size)
     ctypes.CDLL(None).malloc_trim(0)  # what making the model took
     before = _memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the highest is that of now
-    read(model, torch.randint(0, 4096, (1, S)), cache_size)
+    read(model, random_ids(model, S), cache_size)
     return _memory("VmHWM") - before
 
 
-def peaks(kv_heads: int, dtype: torch.dtype, S: int) -> dict[str, int]:
+def peaks(name: str, S: int) -> dict[str, int]:
     """:func:`peak_bytes` of all contenders."""
     sizes = {STOCK: None} | {f"C={size}": size for size in CACHE_SIZES}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-        return {name: processes.apply(peak_bytes, (kv_heads, dtype, S, size)) for name, size in sizes.items()}
+        return {who: processes.apply(peak_bytes, (name, S, size)) for who, size in sizes.items()}
 
 
 def _memory(which: str) -> int:
@@ -92,19 +112,18 @@ def _memory(which: str) -> int:
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     results = {}
-    for name, kv_heads in (("MHA 8/8", 8), ("GQA 8/2", 2)):
-        for dtype in (torch.float32, torch.bfloat16):
-            model, case = llama(kv_heads, dtype), f"{name}, {str(dtype).removeprefix('torch.')}"
-            results[case] = []
-            for S in LENGTHS:
-                point = measure(model, S, rounds if S < LONG else 2)
-                results[case].append(point)
-                shares = ", ".join(f"{size} {share:.2f}x" for size, share in point["of_stock"].items())
-                stock = point["times"][STOCK]["median_us"] / 1e3
-                print(f"{case}: S={S:5} stock {stock:.0f} ms; {shares}", flush=True)
-                if S >= LONG:
-                    point["peak_bytes"] = peaks(kv_heads, dtype, S)
-                    print("  " + ", ".join(f"{who} {x / 2**20:.0f} MiB" for who, x in point["peak_bytes"].items()))
+    for name in (*LLAMAS, STORIES):
+        if name == STORIES and not stories.FOLDER.exists():
+            continue
+        model, results[name] = make(name), []
+        for S in LENGTHS:
+            point = measure(model, S, rounds if S < LONG else 2)
+            results[name].append(point)
+            shares = ", ".join(f"{size} {share:.2f}x" for size, share in point["of_stock"].items())
+            print(f"{name}: S={S:5} stock {point['times'][STOCK]['median_us'] / 1e3:.0f} ms; {shares}", flush=True)
+            if S >= LONG:
+                point["peak_bytes"] = peaks(name, S)
+                print("  " + ", ".join(f"{who} {x / 2**20:.0f} MiB" for who, x in point["peak_bytes"].items()))
     harness.write(ROOT / "benchmarks/results/prompt_cpu.json", {"cases": results})
 
 

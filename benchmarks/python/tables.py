@@ -232,7 +232,7 @@ def prompt() -> str:
             rows[-1].append(" / ".join(f"{peaks[who] / 2**20:.0f}" for who in point["times"]) + " MiB" if peaks else "")
     where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
     head = [
-        "6 layers of 512",
+        "6 layers of 512, stories260K",
         "tokens",
         "full cache",
         *(f"{size}, of that time" for size in ours),
