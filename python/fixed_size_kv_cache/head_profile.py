@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .compat.capability import text_config
+from .compat.capability import text_config, with_usual_heads
 
 FORMAT = 1
 SHAPE = (  # what a config says of the shape of a model; other fields differ between versions of transformers
@@ -106,9 +106,5 @@ def hash_config(config: Any) -> str:
     """16 hexadecimal digits for the shape of a model's text decoder."""
     text = text_config(config)
     said = text.to_dict()  # not its attributes: some are an error where layers differ
-    shape = {name: said.get(text.attribute_map.get(name, name)) for name in SHAPE}
-    if shape["num_key_value_heads"] is None:  # some versions leave out what is usual
-        shape["num_key_value_heads"] = shape["num_attention_heads"]
-    if shape["head_dim"] is None and isinstance(shape["num_attention_heads"], int):
-        shape["head_dim"] = shape["hidden_size"] // shape["num_attention_heads"]
+    shape = with_usual_heads({name: said.get(text.attribute_map.get(name, name)) for name in SHAPE})
     return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]

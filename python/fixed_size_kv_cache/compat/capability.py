@@ -123,13 +123,17 @@ DESCRIBED = (
 def describe(config: Any) -> dict[str, Any]:
     """What a cache made for one model and another model must have in common, as far as the config says it."""
     text = text_config(config)
-    found = {name: field(text, name) for name in DESCRIBED}
-    if found["num_key_value_heads"] is None:  # some versions leave out what is usual
-        found["num_key_value_heads"] = found["num_attention_heads"]
-    width, heads = found["hidden_size"], found["num_attention_heads"]
-    if found["head_dim"] is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
-        found["head_dim"] = width // heads
-    return found
+    return with_usual_heads({name: field(text, name) for name in DESCRIBED})
+
+
+def with_usual_heads(shape: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of a model, with what some versions leave out because it is usual."""
+    if shape["num_key_value_heads"] is None:
+        shape["num_key_value_heads"] = shape["num_attention_heads"]
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    if shape["head_dim"] is None and isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        shape["head_dim"] = width // heads
+    return shape
 
 
 def field(config: Any, name: str) -> Any:

@@ -45,25 +45,41 @@ def attend_fused(
     skipped: Skipped | None,
 ) -> Tensor:
     """:func:`attend` by ``torch.ops.fsdc.chunk_attention_``, in one pass over the logits."""
-    every, entry = join(slots, stage), {} if skipped is None else skipped.as_arguments()
+    every = join(slots, stage)
+    output = attend_and_vote(every, settings, stage, query, rule, visibility.has_pads, skipped)
+    keep(slots, settings, stage, every, query.shape[1])
+    return output
+
+
+def attend_and_vote(
+    every: Tokens,
+    settings: FixedSizeCacheConfig,
+    stage: Stage,
+    query: Tensor,
+    rule: LogitRule,
+    has_pads: bool,
+    skipped: Skipped | None,
+    head_layout: Tensor | None = None,
+) -> Tensor:
+    """The attention of new tokens to all, and their votes; what is held comes before them in ``every``, in a rectangle
+    or as ``head_layout`` says."""
     weights, carry = score_rule.query_weights(stage.valid_or_all(), settings.score_decay)
-    output = chunk_attention_(
+    return chunk_attention_(
         query,
         every.keys,
         every.values,
         scaling=rule.scaling,
         facts=every.facts,
-        positions=every.positions if visibility.has_pads else None,
+        positions=every.positions if has_pads else None,
         query_weights=weights,
         carry=carry,
         redundancy=settings.redundancy > 0,
         sees=stage.new.sees,
         softcap=rule.softcap,
         sinks=rule.sinks,
-        **entry,
+        head_layout=head_layout,
+        **({} if skipped is None else skipped.as_arguments()),
     )
-    keep(slots, settings, stage, every, query.shape[1])
-    return output
 
 
 def attend_plain(

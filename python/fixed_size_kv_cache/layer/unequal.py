@@ -61,31 +61,15 @@ class UnequalLayer(FixedSizeLayer):
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def _stage_many(self, keys: Tensor, values: Tensor) -> Stage:
-        T = self.tokens_held + (0 if self.recorded is None else self.recorded.tokens)
+        T = self.tokens_held + self.tokens_recorded
         return Stage(keys, values, self.slots.hide(keys), self.slots.hide(values), keys.shape[2], T)
 
     def _attend_many(self, stage: Stage, query: Tensor, rule: LogitRule) -> Tensor:
         slots, skipped = self.slots, self.slots.skipped
         new = score_rule.new_tokens(stage.keys, stage.values, stage.valid, slots.seen, slots.spans)
         counts, layout, every = self._join(stage.held, _heads_of(new))
-        weights, carry = score_rule.query_weights(stage.valid_or_all(), self.settings.score_decay)
         has_pads = slots.may_have_holes or stage.valid is not None
-        output = chunk_attention_(
-            query,
-            every.keys,
-            every.values,
-            scaling=rule.scaling,
-            facts=every.facts,
-            positions=every.positions if has_pads else None,
-            query_weights=weights,
-            carry=carry,
-            redundancy=self.settings.redundancy > 0,
-            sees=stage.new.sees,
-            softcap=rule.softcap,
-            sinks=rule.sinks,
-            head_layout=layout,
-            **({} if skipped is None else skipped.as_arguments()),
-        )
+        output = chunk.attend_and_vote(every, self.settings, stage, query, rule, has_pads, skipped, layout)
         slots.seen += stage.queries if stage.valid is None else stage.valid.sum(-1, dtype=torch.int32)
         slots.hold(
             [
