@@ -16,7 +16,7 @@
 //
 // An empty slot has position -1 and score -inf and contributes nothing whatever bytes it holds. A padded row is left
 // bitwise as it was and its output is zero. Sums are fp32 (fp64 for fp64), in an order that depends on shapes and the
-// instruction set only: the same bits on every run and for any number of threads.
+// instruction set or device only: the same bits on every run and for any number of threads.
 #pragma once
 
 #include "types.h"

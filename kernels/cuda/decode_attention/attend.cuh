@@ -7,7 +7,9 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
+#include "kernels/cuda/prefetch.cuh"
 #include "row.cuh"
 
 namespace fsdc::cuda {
@@ -31,17 +33,41 @@ __device__ A sum_over_lanes(const A (&parts)[4], int lanes) {
   return sum;
 }
 
-// Queries times scaling, and the new key at length 1, with zeros behind.
+// What the block reads later, as long as that is little: few blocks would otherwise wait for memory three times.
+template <int kThreads, class T>
+__device__ void prefetch_run(const DecodeAttentionParams& p, const DecodeRow<T>& row, const DecodeRun& run) {
+  constexpr int kNumbers = kLineBytes / 4;
+  const int lines = (static_cast<int>(p.values.dim * sizeof(T)) + kLineBytes - 1) / kLineBytes;  // of a token
+  const int slot = static_cast<int>(threadIdx.x) / lines, line = static_cast<int>(threadIdx.x) % lines;
+  if (slot < run.held) {
+    prefetch_line(row.values + (run.begin + slot) * p.values.slot_stride + line * (kLineBytes / int{sizeof(T)}));
+  }
+  if (threadIdx.x * kNumbers < run.held) {
+    const int64_t first = run.begin + threadIdx.x * kNumbers;
+    for (int64_t plane = 0; plane < kFacts; ++plane) prefetch_line(row.facts + plane * p.fact_plane_stride + first);
+    prefetch_line(row.positions + first);
+  }
+}
+
+// Queries times scaling, and the new key, with zeros behind.
 template <int kThreads, class T, class A>
-__device__ void fill_rows(const DecodeAttentionParams& p, const DecodeLaunch& plan, const DecodeRow<T>& row,
-                          A new_scale, A* rows) {
+__device__ void fill_rows(const DecodeAttentionParams& p, const DecodeLaunch& plan, const DecodeRow<T>& row, A* rows) {
+  constexpr int kLoads = 4;
   const int stride = static_cast<int>(plan.shared.row_stride), dim = static_cast<int>(p.keys.dim);
-  for (int g = 0; g <= p.group; ++g) {
-    const bool is_query = g < p.group;
-    const T* const from = is_query ? row.query + g * p.query.head_stride : row.new_key;
-    const A scale = is_query ? static_cast<A>(p.scaling) : new_scale;
-    for (int d = threadIdx.x; d < stride; d += kThreads) {
-      rows[g * stride + d] = d < dim ? widen(from[d]) * scale : A{0};
+  const int group = static_cast<int>(p.group), count = (group + 1) * stride;
+  const A scaling = static_cast<A>(p.scaling);
+  for (int start = threadIdx.x; start < count; start += kLoads * kThreads) {
+    A loaded[kLoads];
+    FSDC_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = start + i * kThreads, g = at / stride, d = at % stride;
+      const T* const from = g < group ? row.query + g * p.query.head_stride : row.new_key;
+      loaded[i] = at < count && d < dim ? widen(from[d]) : A{0};
+    }
+    FSDC_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const int at = start + i * kThreads;
+      if (at < count) rows[at] = at < group * stride ? loaded[i] * scaling : loaded[i];
     }
   }
 }
@@ -53,37 +79,47 @@ __device__ void multiply_keys(const DecodeAttentionParams& p, const DecodeLaunch
   using Word = Access<sizeof(T) * kPack>;
   const int lanes = plan.key_lanes, lane = static_cast<int>(threadIdx.x) % lanes;
   const int first = static_cast<int>(threadIdx.x) / lanes, step = kThreads / lanes;
-  const int stride = static_cast<int>(plan.shared.row_stride), dim = static_cast<int>(p.keys.dim);
+  const int which = lane / (lanes / 4);  // of 4 sums, if this lane has one
+  const bool has_sum = lane % (lanes / 4) == 0;
+  const int stride = static_cast<int>(plan.shared.row_stride), run_tokens = static_cast<int>(plan.run_tokens);
   const int row_count = static_cast<int>(p.group) + (p.redundancy > 0 ? 1 : 0);
-  const int run_tokens = static_cast<int>(plan.run_tokens);
   for (int block = 0; block < stride; block += lanes * kPack) {
     const int column = block + lane * kPack;
+    const bool is_column = column < p.keys.dim;
     for (int start = first; start - first < run.tokens; start += kKeysAhead * step) {
       Word keys[kKeysAhead];
       FSDC_UNROLL
       for (int i = 0; i < kKeysAhead; ++i) {
-        const int j = start + i * step;
+        const int j = min(start + i * step, run.tokens - 1);  // beyond, the last once more: no branch around the loads
         const T* const key = j < run.held ? row.keys + (run.begin + j) * p.keys.slot_stride : row.new_key;
-        keys[i] = j < run.tokens && column < dim ? *reinterpret_cast<const Word*>(key + column) : Word{};
+        keys[i] = is_column ? *reinterpret_cast<const Word*>(key + column) : Word{};
       }
       FSDC_UNROLL
       for (int four = 0; four < kKeysAhead; four += 4) {
+        A wide[4][kPack];
+        FSDC_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const Pack<T, kPack> key = unpack<T, kPack>(keys[four + i]);
+          FSDC_UNROLL
+          for (int c = 0; c < kPack; ++c) wide[i][c] = widen(key.items[c]);
+        }
+        const int j = start + (four + which) * step;
+        const bool is_written = has_sum && j < run.tokens;
+        const A* of_row = rows + column;
+        A* logit = logits + j;
         FSDC_NO_UNROLL  // the registers go to the keys
             for (int r = 0; r < row_count; ++r) {
-          const Pack<A, kPack> of_row = read_pack<kPack>(rows + r * stride + column);
+          const Pack<A, kPack> query = read_pack<kPack>(of_row);
           A parts[4] = {};
           FSDC_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const Pack<T, kPack> key = unpack<T, kPack>(keys[four + i]);
+          for (int c = 0; c < kPack; ++c) {
             FSDC_UNROLL
-            for (int c = 0; c < kPack; ++c) parts[i] = multiply_add(of_row.items[c], widen(key.items[c]), parts[i]);
+            for (int i = 0; i < 4; ++i) parts[i] = multiply_add(query.items[c], wide[i][c], parts[i]);
           }
           const A sum = sum_over_lanes(parts, lanes);
-          const int j = start + (four + lane / (lanes / 4)) * step;
-          if (lane % (lanes / 4) == 0 && j < run.tokens) {
-            A* const logit = logits + r * run_tokens + j;
-            *logit = block == 0 ? sum : *logit + sum;
-          }
+          if (is_written) *logit = block == 0 ? sum : *logit + sum;
+          of_row += stride;
+          logit += run_tokens;
         }
       }
     }
@@ -149,7 +185,7 @@ template <int kPack, int kHeads, int kThreads, class T, class A>
 __device__ void add_values(const DecodeAttentionParams& p, const DecodeLaunch& plan, const DecodeRow<T>& row,
                            const DecodeRun& run, bool has_holes, A* partials, const DecodeRunMemory<A>& memory) {
   using Word = Access<sizeof(T) * kPack>;
-  constexpr int kWarps = kThreads / kWarpThreads, kAhead = kHeads > 4 ? 4 : 6;  // sums take the registers of loads
+  constexpr int kWarps = kThreads / kWarpThreads, kAhead = kHeads > 4 ? 3 : 6;  // sums take the registers of loads
   const int lanes = plan.value_lanes, lane = static_cast<int>(threadIdx.x) % lanes, width = lanes * kPack;
   const int first = static_cast<int>(threadIdx.x) / lanes, step = kThreads / lanes;
   const int dim = static_cast<int>(p.values.dim), group = static_cast<int>(p.group);
@@ -160,40 +196,36 @@ __device__ void add_values(const DecodeAttentionParams& p, const DecodeLaunch& p
   int part = 0;  // where in `partials` [warps, width] begins, in turns with the one behind it
   for (int head = 0; head < group; head += kHeads) {
     const A* const weights = memory.logits + head * run_tokens;
+    const int last = group - 1 - head;  // beyond, its sums once more, which nobody reads
     for (int block = 0; block < dim; block += width) {
-      const int column = block + lane * kPack;
+      const int column = min(block + lane * kPack, dim - kPack);  // beyond, sums that nobody reads
       A sums[kHeads][kPack] = {};
-      for (int start = first; start < run.held; start += kAhead * step) {
+      // The next kAhead tokens of this thread, all of them there if so it says.
+      const auto add = [&](int start, auto is_full) {
+        const auto token = [&](int i) { return is_full ? start + i * step : min(start + i * step, run.held - 1); };
         Word values[kAhead];
-        const T* value = of_run + start * p.values.slot_stride + column;
         FSDC_UNROLL
         for (int i = 0; i < kAhead; ++i) {
-          const int j = start + i * step;
-          values[i] = j < run.held && column < dim ? *reinterpret_cast<const Word*>(value) : Word{};
-          value += step * p.values.slot_stride;
-        }
-        if (has_holes) {
-          for (int i = 0; i < kAhead; ++i) {
-            const int j = start + i * step;
-            if (j < run.held && row.positions[run.begin + j] < 0) values[i] = Word{};
-          }
+          values[i] = *reinterpret_cast<const Word*>(of_run + token(i) * p.values.slot_stride + column);
         }
         FSDC_UNROLL
         for (int i = 0; i < kAhead; ++i) {
-          const int j = start + i * step;
-          if (j >= run.held) break;
+          if (!is_full && start + i * step >= run.held) values[i] = Word{};
+          if (has_holes && positions[token(i)] < 0) values[i] = Word{};
           const Pack<T, kPack> value = unpack<T, kPack>(values[i]);
           FSDC_UNROLL
           for (int g = 0; g < kHeads; ++g) {
-            if (head + g >= group) break;
-            const A weight = weights[g * run_tokens + j];
+            const A weight = weights[min(g, last) * run_tokens + token(i)];
             FSDC_UNROLL
             for (int c = 0; c < kPack; ++c) {
               sums[g][c] = multiply_add(weight, widen(value.items[c]), sums[g][c]);
             }
           }
         }
-      }
+      };
+      int start = first;
+      for (; start + (kAhead - 1) * step < run.held; start += kAhead * step) add(start, std::true_type{});
+      if (start < run.held) add(start, std::false_type{});
       for (int distance = lanes; distance < kWarpThreads; distance *= 2) {
         FSDC_UNROLL
         for (int i = 0; i < kHeads * kPack; ++i) {
@@ -245,11 +277,12 @@ __device__ void multiply_entry(const DecodeAttentionParams& p, const DecodeLaunc
 // All of it; `shared` is laid out by plan.shared. The run's memory is complete after the next barrier.
 template <int kPack, int kHeads, int kThreads, class T, class A>
 __device__ void attend_run(const DecodeAttentionParams& p, const DecodeLaunch& plan, const DecodeRow<T>& row,
-                           int64_t run_index, A new_scale, A* shared) {
+                           int64_t run_index, A* shared) {
   const DecodeRun run(plan, run_index, row.in_use);
   const DecodeRunMemory<A> memory(shared + plan.shared.run, plan.run);
   A* const rows = shared + plan.shared.rows;
-  fill_rows<kThreads>(p, plan, row, new_scale, rows);
+  prefetch_run<kThreads>(p, row, run);
+  fill_rows<kThreads>(p, plan, row, rows);
   __syncthreads();
   multiply_keys<kPack, kThreads>(p, plan, row, run, rows, memory.logits);
   if (run_index == 0 && p.skipped_count != nullptr) {

@@ -39,33 +39,12 @@ __device__ inline DecodePlace place_of(const DecodeAttentionParams& p, const Dec
   return {batch, 0, -1, 0};
 }
 
-// Of the new token; a warp each.
-template <int kThreads, class T>
-__device__ void read_new_token(const DecodeAttentionParams& p, const DecodeRow<T>& row, NewToken& token) {
-  const auto norm_of = [](const T* vector, int64_t dim) {
-    Accumulator<T> sum = 0;
-    for (int64_t d = lane_index(); d < dim; d += kWarpThreads) {
-      sum = multiply_add(widen(vector[d]), widen(vector[d]), sum);
-    }
-    return sqrtf(static_cast<float>(warp_sum(sum)));
-  };
-  if (warp_index() == 0) {
-    const float norm = norm_of(row.new_key, p.keys.dim);
-    if (lane_index() == 0) token.key_scale = 1.0f / max(norm, 1e-12f);
-  }
-  if (warp_index() == kThreads / kWarpThreads - 1) {
-    const float norm = norm_of(row.new_value, p.values.dim);
-    if (lane_index() == 0) token.weight = norm;
-  }
-}
-
 template <class T, int kPack, int kHeads, int kThreads>
 __global__ void __launch_bounds__(kThreads, 2)
     decode_attention_kernel(const DecodeAttentionParams p, const DecodeLaunch plan) {
   using A = Accumulator<T>;
   FSDC_SHARED(place, DecodePlace);
   FSDC_SHARED(row, DecodeRow<T>);
-  FSDC_SHARED(token, NewToken);
   FSDC_SHARED(news, RowNews);
   FSDC_DYNAMIC_SHARED(shared, A);
   if (threadIdx.x == 0) {
@@ -80,14 +59,12 @@ __global__ void __launch_bounds__(kThreads, 2)
     return;
   }
 
-  read_new_token<kThreads>(p, row, token);
-  if (plan.phase != DecodePhase::kAttend && rank == 0 && threadIdx.x == 0) {
-    news.position = take_position(p, plan, row.b);
-  }
-  __syncthreads();
-  if (plan.phase != DecodePhase::kFinish) {
-    attend_run<kPack, kHeads, kThreads>(p, plan, row, place.run, static_cast<A>(token.key_scale), shared);
-  }
+  // Asked for now and looked at late, so that nobody waits for it.
+  uint32_t found = 0;
+  const bool is_leader = plan.phase != DecodePhase::kAttend && rank == 0 && threadIdx.x == 0;
+  if (is_leader) found = take_position(p, plan, row.b);
+  if (plan.phase != DecodePhase::kFinish) attend_run<kPack, kHeads, kThreads>(p, plan, row, place.run, shared);
+  if (is_leader) news.position = put_position(p, plan, row.b, found);
   A* const scratch = static_cast<A*>(plan.scratch) + place.first_run * plan.run.numbers;  // [runs of the row]
   if (plan.phase == DecodePhase::kAttend) {
     __syncthreads();
@@ -96,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return;
   }
   team_sync(plan.cluster);
-  finish_row<kThreads>(p, plan, row, token, rank, scratch, shared, news);
+  finish_row<kThreads>(p, plan, row, rank, scratch, shared, news);
 }
 
 inline bool are_aligned(const DecodeAttentionParams& params) {

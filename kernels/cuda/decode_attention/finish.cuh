@@ -19,19 +19,44 @@ struct RowNews {
   Candidate least[kMostBlocks];  // of each block's slots
 };
 
-// What is known of the new token from the start, in every block.
 struct NewToken {
   float weight;     // norm of its value
   float key_scale;  // 1 over the norm of its key
 };
 
+// A warp each.
+template <int kThreads, class T>
+__device__ void read_new_token(const DecodeAttentionParams& p, const DecodeRow<T>& row, NewToken& token) {
+  const auto norm_of = [](const T* vector, int64_t dim) {
+    Accumulator<T> sum = 0;
+    for (int64_t d = lane_index(); d < dim; d += kWarpThreads) {
+      sum = multiply_add(widen(vector[d]), widen(vector[d]), sum);
+    }
+    return sqrtf(static_cast<float>(warp_sum(sum)));
+  };
+  if (warp_index() == 0) {
+    const float norm = norm_of(row.new_key, p.keys.dim);
+    if (lane_index() == 0) token.key_scale = 1.0f / max(norm, 1e-12f);
+  }
+  if (warp_index() == kThreads / kWarpThreads - 1) {
+    const float norm = norm_of(row.new_value, p.values.dim);
+    if (lane_index() == 0) token.weight = norm;
+  }
+}
+
 // `seen` of a batch row is the position of its new token, and is raised by one. Every head wants to read it and one
 // must write it, but only once all have read; so its upper bits count who has, and the last one puts it right.
-__device__ inline int32_t take_position(const DecodeAttentionParams& p, const DecodeLaunch& plan, int64_t batch) {
-  uint32_t* const seen = reinterpret_cast<uint32_t*>(p.seen + batch * p.seen_stride);
-  const uint32_t found = atomicAdd(seen, 1u << plan.seen_shift);
+__device__ inline uint32_t take_position(const DecodeAttentionParams& p, const DecodeLaunch& plan, int64_t batch) {
+  return atomicAdd(reinterpret_cast<uint32_t*>(p.seen + batch * p.seen_stride), 1u << plan.seen_shift);
+}
+
+// The position, from what take_position() has found.
+__device__ inline int32_t put_position(const DecodeAttentionParams& p, const DecodeLaunch& plan, int64_t batch,
+                                       uint32_t found) {
   const uint32_t position = found & ((1u << plan.seen_shift) - 1);
-  if (found >> plan.seen_shift == static_cast<uint32_t>(p.heads) - 1) atomicExch(seen, position + 1);
+  if (found >> plan.seen_shift == static_cast<uint32_t>(p.heads) - 1) {
+    atomicExch(reinterpret_cast<uint32_t*>(p.seen + batch * p.seen_stride), position + 1);
+  }
   return static_cast<int32_t>(position);
 }
 
@@ -103,7 +128,7 @@ __device__ void write_output(const DecodeAttentionParams& p, const DecodeRow<T>&
 template <int kThreads, class T, class A>
 __device__ Candidate update_slots(const DecodeAttentionParams& p, const DecodeLaunch& plan, const DecodeRow<T>& row,
                                   const DecodeRun& run, const DecodeRunMemory<A>& memory, const A* scales,
-                                  const EvictionRule& rule, float* new_received) {
+                                  const EvictionRule& rule, float key_scale, float* new_received) {
   const int group = static_cast<int>(p.group);
   Candidate mine = nobody();
   for (int j = threadIdx.x; j < run.tokens; j += kThreads) {
@@ -125,7 +150,7 @@ __device__ Candidate update_slots(const DecodeAttentionParams& p, const DecodeLa
         fact[kScores * p.fact_plane_stride] = score;
       }
       if (p.redundancy > 0) {
-        const float alike = static_cast<float>(memory.logits[group * plan.run_tokens + j]);
+        const float alike = static_cast<float>(memory.logits[group * plan.run_tokens + j] * key_scale);
         const float cosine = multiply(alike, fact[kKeyScales * p.fact_plane_stride]);
         if (cosine > redundancy || cosine != cosine) {
           redundancy = cosine;
@@ -187,15 +212,18 @@ __device__ void write_zeros(const DecodeAttentionParams& p, const DecodeRow<T>& 
 // All of it. The runs lie in the shared memory of the cluster, or at `scratch` those of a row that was split.
 template <int kThreads, class T, class A>
 __device__ void finish_row(const DecodeAttentionParams& p, const DecodeLaunch& plan, const DecodeRow<T>& row,
-                           const NewToken& token, uint32_t rank, A* scratch, A* shared, RowNews& news) {
+                           uint32_t rank, A* scratch, A* shared, RowNews& news) {
+  FSDC_SHARED(token, NewToken);
   const bool is_split = plan.phase == DecodePhase::kFinish;
   const int runs = static_cast<int>(is_split ? runs_of_head(p, plan, row.h) : plan.cluster);
   const auto memory_of = [&](int run) {
-    A* const memory =
-        is_split ? scratch + run * plan.run.numbers : cluster_map(shared + plan.shared.run, static_cast<uint32_t>(run));
-    return DecodeRunMemory<A>(memory, plan.run);
+    if (is_split) return DecodeRunMemory<A>(scratch + run * plan.run.numbers, plan.run);
+    A* const mine = shared + plan.shared.run;
+    const uint32_t peer = static_cast<uint32_t>(run);
+    return DecodeRunMemory<A>(peer == rank ? mine : cluster_map(mine, peer), plan.run);
   };
   A *const scales = shared + plan.shared.scales, *const shares = shared + plan.shared.shares;
+  read_new_token<kThreads>(p, row, token);
   merge_softmax<kThreads>(p, row, runs, memory_of, scales, shares);
   __syncthreads();
   write_output<kThreads>(p, row, runs, memory_of, scales, shares, rank, plan.cluster);
@@ -205,7 +233,7 @@ __device__ void finish_row(const DecodeAttentionParams& p, const DecodeLaunch& p
   Candidate mine = nobody();
   for (int run = static_cast<int>(rank); run < (is_split ? runs : static_cast<int>(rank) + 1); ++run) {
     mine = least(mine, update_slots<kThreads>(p, plan, row, DecodeRun(plan, run, row.in_use), memory_of(run),
-                                              scales + run * p.group, rule, &of_first->received));
+                                              scales + run * p.group, rule, token.key_scale, &of_first->received));
   }
   mine = block_least<kThreads>(mine);
   if (threadIdx.x == 0) of_first->least[rank] = mine;

@@ -27,13 +27,13 @@ struct DecodeRunLayout {
   int64_t maxima;        // [G]
   int64_t sums;          // [G]: of the exponentials
   int64_t entry_logits;  // [G], of the first run: of the entry of the evicted
-  int64_t logits;        // [G + 1, run_tokens]: of the queries, then exponentials; of the new key: products
+  int64_t logits;        // [G + 1, run_tokens]: of the queries, then exponentials; products with the new key
   int64_t numbers;       // of all
 };
 
 // The shared memory of a block, likewise.
 struct DecodeSharedLayout {
-  int64_t rows;        // [G + 1, row_stride]: scaled queries, then the new key at length 1; zeros behind; at 0
+  int64_t rows;        // [G + 1, row_stride]: scaled queries, then the new key; zeros behind; at 0
   int64_t row_stride;  // D in whole column blocks
   int64_t partials;    // [2, warps, columns of a block of values]
   int64_t warp_facts;  // [2, warps, G]: maxima and sums of the warps
