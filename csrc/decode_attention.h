@@ -215,6 +215,7 @@ Tensor decode_attention(Tensor query, Tensor new_keys, Tensor new_values, Tensor
       .slots = slots,
       .dtype = to_dtype(query.scalar_type()),
       .heads_layout = is_equal ? nullptr : head_layout->const_data_ptr<int32_t>(),
+      .layout_rows = is_equal ? 0 : keys.size(1),
       .sink_tokens = sink_tokens,
       .recent_tokens = recent_tokens,
       .query = token_input(query),

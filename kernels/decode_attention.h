@@ -16,7 +16,7 @@
 //
 // An empty slot has position -1 and score -inf and contributes nothing whatever bytes it holds. A padded row is left
 // bitwise as it was and its output is zero. Sums are fp32 (fp64 for fp64), in an order that depends on shapes and the
-// instruction set only: the same bits on every run and for any number of threads.
+// instruction set or device only: the same bits on every run and for any number of threads.
 #pragma once
 
 #include "types.h"
@@ -47,11 +47,12 @@ struct DecodeAttentionParams {
   int64_t heads;   // H
   int64_t group;   // G
   int64_t length;  // S, tokens seen before, padding included
-  int64_t slots;   // N, of the largest head
+  int64_t slots;   // N, of the largest head; of unequal ones it may be more
   DType dtype;     // of query, keys and values
 
   // Per head {first row, N_h, sink tokens, recent tokens}, [H, 4]; null: every head has N slots, see below.
   const int32_t* heads_layout;
+  int64_t layout_rows;    // of a batch row with it: N_h + 1 of each head, at least
   int64_t sink_tokens;    // the first positions, never evicted
   int64_t recent_tokens;  // the last positions, never evicted
 

@@ -67,6 +67,7 @@ struct Cache {
             .slots = slots,
             .dtype = dtype,
             .heads_layout = nullptr,
+            .layout_rows = 0,
             .sink_tokens = 4,
             .recent_tokens = slots / 4,
             .query = {tokens.data(), 0, D},

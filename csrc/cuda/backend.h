@@ -5,9 +5,11 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "csrc/checks.h"
 #include "kernels/cuda/launch.h"
@@ -16,7 +18,7 @@ namespace fsdc {
 
 class CudaBackend {
  public:
-  explicit CudaBackend(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit CudaBackend(const Tensor& tensor) : device_(tensor.device()), guard_(tensor.get_device_index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -27,6 +29,17 @@ class CudaBackend {
   void accumulate_scores(const AccumulateScoresParams& params) const {
     check("accumulate_scores_", cuda::launch_accumulate_scores(params, stream_));
   }
+  void decode_attention(const DecodeAttentionParams& params) const {
+    cuda::DecodePlan plan;
+    check("decode_attention_", cuda::plan_decode_attention(params, plan));
+    const int64_t bytes = cuda::scratch_bytes(params, plan);
+    // Of torch's allocator, which gives it to nobody else before what is launched here has run: neither to another
+    // stream nor, where a graph is captured, to one that may run beside it.
+    const Tensor scratch =
+        bytes > 0 ? torch::stable::empty(std::vector{bytes}, ScalarType::Byte, {}, device_) : Tensor();
+    void* const memory = bytes > 0 ? scratch.mutable_data_ptr() : nullptr;
+    check("decode_attention_", cuda::launch_decode_attention(params, plan, memory, stream_));
+  }
 
  private:
   static void check(const char* op, cudaError_t error) {
@@ -35,6 +48,7 @@ class CudaBackend {
     throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 
+  torch::stable::Device device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

@@ -5,7 +5,9 @@
 #include <cuda_runtime_api.h>
 
 #include "../accumulate_scores.h"
+#include "../decode_attention.h"
 #include "../truncate.h"
+#include "decode_attention/plan.h"
 #include "device.h"
 #include "truncate/plan.h"
 
@@ -20,5 +22,11 @@ cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& pl
 bool truncate_sums_weights(const TruncateParams& params);
 
 cudaError_t launch_accumulate_scores(const AccumulateScoresParams& params, cudaStream_t stream);
+
+// The plan for the current device, and the launch with it or with one to try out. `scratch` is scratch_bytes() of device
+// memory with any content, which is free again when the launch has run.
+cudaError_t plan_decode_attention(const DecodeAttentionParams& params, DecodePlan& plan);
+cudaError_t launch_decode_attention(const DecodeAttentionParams& params, const DecodePlan& plan, void* scratch,
+                                    cudaStream_t stream);
 
 }  // namespace fsdc::cuda

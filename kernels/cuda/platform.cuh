@@ -3,8 +3,8 @@
 // runtime of the tests ("simt.h", found by include path), which runs the same kernel source thread by thread
 // on the CPU.
 //
-// So that both can read a kernel: launch() instead of <<<>>>, FSDC_SHARED instead of __shared__, FSDC_UNROLL
-// instead of the pragma, no inline asm, no cooperative_groups, no CUB.
+// So that both can read a kernel: launch() instead of <<<>>>, FSDC_SHARED instead of __shared__, FSDC_UNROLL and
+// FSDC_NO_UNROLL instead of the pragma, no inline asm, no cooperative_groups, no CUB.
 #pragma once
 
 #include <cstddef>
@@ -37,6 +37,7 @@ using SharedType = T;  // lets the macro declare arrays: FSDC_SHARED(sums, float
 }
 
 #define FSDC_UNROLL _Pragma("unroll")
+#define FSDC_NO_UNROLL _Pragma("unroll 1")
 #define FSDC_SHARED(name, ...) __shared__::fsdc::cuda::SharedType<__VA_ARGS__> name
 #define FSDC_DYNAMIC_SHARED(name, T)                                    \
   extern __shared__ __align__(128) unsigned char fsdc_dynamic_shared[]; \
@@ -124,6 +125,7 @@ cudaError_t largest_cluster(void (*kernel)(Parameters...), Grid grid, uint32_t& 
 #include "simt.h"
 
 #define FSDC_UNROLL
+#define FSDC_NO_UNROLL
 // One heap block of exact size per variable and thread block; the address of `key` names the variable.
 #define FSDC_SHARED(name, ...)                                   \
   auto& name = ::simt::shared<__VA_ARGS__>([]() -> const void* { \

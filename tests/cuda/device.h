@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/accumulate_scores.h"
+#include "kernels/cuda/decode_attention/plan.h"
 #include "kernels/cuda/truncate/plan.h"
 #include "kernels/truncate.h"
 
@@ -50,5 +51,10 @@ int64_t tokens_per_round();
 // These throw where a launch failed.
 void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan);
 void accumulate_scores(const AccumulateScoresParams& params);
+void decode_attention(const DecodeAttentionParams& params, const cuda::DecodePlan& plan);
+
+// That for this device, and the same for any other.
+cuda::DecodePlan decode_plan(const DecodeAttentionParams& params);
+cuda::DecodePlan decode_plan(const DecodeAttentionParams& params, const cuda::Device& device);
 
 }  // namespace fsdc::test

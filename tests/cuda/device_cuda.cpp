@@ -59,4 +59,20 @@ void accumulate_scores(const AccumulateScoresParams& params) {
   check(cudaDeviceSynchronize());
 }
 
+void decode_attention(const DecodeAttentionParams& params, const cuda::DecodePlan& plan) {
+  const DeviceMemory scratch(Bytes(static_cast<size_t>(cuda::scratch_bytes(params, plan)), char(0xa5)));
+  check(cuda::launch_decode_attention(params, plan, scratch.data(), nullptr));
+  check(cudaDeviceSynchronize());
+}
+
+cuda::DecodePlan decode_plan(const DecodeAttentionParams& params) {
+  cuda::DecodePlan plan;
+  check(cuda::plan_decode_attention(params, plan));
+  return plan;
+}
+
+cuda::DecodePlan decode_plan(const DecodeAttentionParams& params, const cuda::Device& device) {
+  return cuda::plan_decode_attention(params, device, 256);
+}
+
 }  // namespace fsdc::test

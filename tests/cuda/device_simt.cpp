@@ -7,6 +7,7 @@
 
 #include "device.h"
 #include "kernels/cuda/accumulate_scores.cuh"
+#include "kernels/cuda/decode_attention/decode_attention.cuh"
 #include "kernels/cuda/truncate/truncate.cuh"
 
 namespace fsdc::test {
@@ -83,6 +84,21 @@ void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
 void accumulate_scores(const AccumulateScoresParams& params) {
   check(shipped_blocks ? cuda::launch_accumulate_scores_kernel<cuda::kAccumulateScoresThreads>(params, nullptr)
                        : cuda::launch_accumulate_scores_kernel<kThreads>(params, nullptr));
+}
+
+void decode_attention(const DecodeAttentionParams& params, const cuda::DecodePlan& plan) {
+  const DeviceMemory scratch(Bytes(static_cast<size_t>(cuda::scratch_bytes(params, plan)), char(0xa5)));
+  check(shipped_blocks
+            ? cuda::launch_decode_attention_kernel<cuda::kDecodeAttentionThreads>(params, plan, scratch.data(), nullptr)
+            : cuda::launch_decode_attention_kernel<kThreads>(params, plan, scratch.data(), nullptr));
+}
+
+cuda::DecodePlan decode_plan(const DecodeAttentionParams& params) {
+  return decode_plan(params, {4, 227 << 10, 228 << 10, most_in_cluster()});
+}
+
+cuda::DecodePlan decode_plan(const DecodeAttentionParams& params, const cuda::Device& device) {
+  return cuda::plan_decode_attention(params, device, shipped_blocks ? cuda::kDecodeAttentionThreads : kThreads);
 }
 
 }  // namespace fsdc::test

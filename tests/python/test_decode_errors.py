@@ -311,11 +311,3 @@ def test_devices_are_not_mixed(is_fake, elsewhere, name):
     text = f"decode_attention_: {name} must be on the device of query, cpu; got {elsewhere}"
     with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
         case.run()
-
-
-def test_cuda_tensors_are_refused():
-    """On a CUDA device there is no kernel; the refusal is asked for by its key, since tests may have no device."""
-    text = "decode_attention_: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device"
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}"):
-        torch.ops.fsdc.decode_attention_.default.redispatch(cuda, **good().arguments)

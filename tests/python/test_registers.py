@@ -30,6 +30,7 @@ LIMITS = {
     "truncate_kernelILb0ELNS0_10CodeSourceE2E": (ONE_BLOCK, 17 << 10),  # sums of weights on chip
     "truncate_kernelILb1E": (ONE_BLOCK, 25 << 10),  # with an entry of the skipped tokens, from any source
     "accumulate_scores_kernel": (64, 0),
+    "decode_attention_kernel": (128, 1 << 10),  # for 2 blocks of 256 threads
     "probe_kernel": (64, 0),  # does nothing (device.cu)
 }
 

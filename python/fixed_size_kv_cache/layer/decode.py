@@ -17,8 +17,8 @@ from .slots import SCORES, Slots, Tokens
 
 
 def is_fused(settings: FixedSizeCacheConfig, device: torch.device) -> bool:
-    """Whether steps are one call of ``decode_attention_``: not for the baselines, and not on CUDA yet."""
-    return settings.policy == "attention" and device.type == "cpu"
+    """Whether steps are one call of ``decode_attention_``: not for the baselines."""
+    return settings.policy == "attention" and device.type in ("cpu", "cuda")
 
 
 def attend(

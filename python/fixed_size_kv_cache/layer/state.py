@@ -139,7 +139,7 @@ class LayerState(DynamicLayer):
     @property
     def decode_path(self) -> str:
         """How steps of one token are computed: ``fused``, by one call of ``torch.ops.fsdc.decode_attention_``, or
-        ``plain``, by torch's own operators (the baselines, and CUDA)."""
+        ``plain``, by torch's own operators (the baselines)."""
         if self.slots is None:
             raise RuntimeError("this layer holds nothing yet; run the model first")
         return "fused" if decode.is_fused(self.settings, self.device) else "plain"

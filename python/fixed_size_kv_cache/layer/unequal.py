@@ -41,7 +41,7 @@ class UnequalLayer(FixedSizeLayer):
         return f"{min(sizes)} to {max(sizes)}"
 
     def _make_slots(self, keys: Tensor, values: Tensor, at_full_size: bool) -> UnequalSlots:
-        if not decode.is_fused(self.settings, keys.device):
+        if not (decode.is_fused(self.settings, keys.device) and chunk.is_fused(keys.device)):
             raise NotImplementedError(
                 f"cache_size must be the same for all KV heads of a layer on {keys.device.type}, where there is no "
                 f"operator for others yet; got {self._words()}"

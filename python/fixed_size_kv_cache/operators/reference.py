@@ -175,10 +175,10 @@ def decode_attention_(
     An empty slot has position -1 and score -inf, and contributes nothing whatever bytes it holds. One slot more than
     ``N`` lies behind those of each head; it is neither read nor written.
 
-    Sums are kept in float32, in float64 for float64, in an order that depends on shapes and the instruction set only:
-    the same bits on every run, for any number of threads. Here they are those of float64. A kernel's output is no
-    further from them than that of ``scaled_dot_product_attention``, and the same token goes wherever two eviction
-    scores differ by more than 1e-5 relative.
+    Sums are kept in float32, in float64 for float64, in an order that depends on shapes and the device (a CPU's
+    instruction set) only: the same bits on every run, for any number of threads. Here they are those of float64. A
+    kernel's output is no further from them than that of ``scaled_dot_product_attention``, and the same token goes
+    wherever two eviction scores differ by more than 1e-5 relative.
 
     Args:
         query: ``[B, Hq, 1, D]`` in float32, float16, bfloat16 or float64, any strides with a contiguous last dimension.

@@ -22,6 +22,7 @@ class Numbers {
   Numbers(DType dtype, int64_t count) : dtype_(dtype), bytes_(count * element_size(dtype)) {}
 
   int64_t size() const { return int64_t(bytes_.size()) / element_size(dtype_); }
+  DType dtype() const { return dtype_; }
   char* data() { return bytes_.data(); }
   bool operator==(const Numbers& other) const { return bytes_ == other.bytes_; }
 
@@ -108,6 +109,7 @@ struct DecodeStep {
             .slots = is.slots,
             .dtype = is.dtype,
             .heads_layout = layout.empty() ? nullptr : layout.data(),
+            .layout_rows = layout.empty() ? 0 : rows + 1,
             .sink_tokens = 1,
             .recent_tokens = 3,
             .query = {query.data(), is.heads * is.group * is.dim, is.dim},
@@ -126,8 +128,8 @@ struct DecodeStep {
             .seen_stride = 1,
             .valid = reinterpret_cast<const bool*>(valid.data()),
             .valid_stride = 1,
-            .is_protected = nullptr,
-            .protected_stride = 0,
+            .is_protected = is_protected.empty() ? nullptr : reinterpret_cast<const bool*>(is_protected.data()),
+            .protected_stride = 1,
             .scaling = 1 / std::sqrt(double(is.dim)),
             .softcap = is.softcap,
             .sinks = is.has_sinks ? sinks.data() : nullptr,
@@ -159,7 +161,7 @@ struct DecodeStep {
   std::vector<float> facts;
   std::vector<int32_t> positions, seen, skipped_count;
   std::vector<float> lost;
-  std::vector<char> valid;  // read as bool, which std::vector would pack
+  std::vector<char> valid, is_protected;  // read as bool, which std::vector would pack
   std::vector<int32_t> layout;
 };
 

@@ -3,61 +3,25 @@
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/generators/catch_generators_range.hpp>
-#include <catch2/matchers/catch_matchers_floating_point.hpp>
 
-#include "decode_step.h"
+#include "decode_check.h"
 #include "kernels/cpu/cpu.h"
 #include "threads.h"
 
 namespace {
 
 using namespace fsdc;
-using Catch::Matchers::WithinAbs;
 
 cpu::Isa any_isa() { return GENERATE(from_range(cpu::available_isas())); }
 
 DType any_dtype() { return GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64); }
 
-double tolerance(DType dtype) {  // of outputs about 1
-  return dtype == DType::kFloat64 ? 1e-12 : dtype == DType::kFloat32 ? 2e-6 : dtype == DType::kFloat16 ? 2e-3 : 1.5e-2;
-}
-
 // Runs the step and compares each of its rows that is not padding.
 void check(test::DecodeStep& step, const cpu::Isa isa) {
   test::DecodeStep before = step;
   cpu::decode_attention(step.params(), test::Threads(3), isa);
-  const test::DecodeShape& is = step.is;
-  const int64_t T = step.in_use();
-  for (int64_t row = 0; row < is.batch * is.heads; ++row) {
-    CAPTURE(cpu::name_of(isa), int(is.dtype), is.slots, is.dim, is.value_dim, is.group, is.length, row);
-    const test::ExpectedRow expected = expected_row(before, row);
-    for (int64_t i = 0; i < is.group * is.value_dim; ++i) {
-      REQUIRE_THAT(step.output[row * is.group * is.value_dim + i], WithinAbs(expected.output[i], tolerance(is.dtype)));
-    }
-    for (int64_t j = 0; j < T; ++j) {
-      if (j == expected.slot) continue;
-      REQUIRE(step.positions[step.at(row, j)] == before.positions[step.at(row, j)]);
-      if (step.positions[step.at(row, j)] < 0) continue;
-      REQUIRE_THAT(step.fact(kScores, row, j), WithinAbs(expected.scores[j], 1e-5));
-      REQUIRE_THAT(step.fact(kRedundancy, row, j), WithinAbs(expected.redundancy[j], 2e-6));
-    }
-    const bool stays = expected.slot < is.slots;
-    if (is.has_entry) {
-      REQUIRE(step.skipped_count[row] ==
-              before.skipped_count[row] +
-                  (T == is.slots && (!stays || before.positions[step.at(row, expected.slot)] >= 0)));
-    }
-    if (!stays) continue;
-    const int64_t slot = step.at(row, expected.slot);
-    REQUIRE(step.positions[slot] == before.seen[row / is.heads]);
-    REQUIRE_THAT(step.fact(kScores, row, expected.slot), WithinAbs(expected.scores[T], 1e-5));
-    REQUIRE(step.fact(kRedundancy, row, expected.slot) == 0);
-    for (int64_t d = 0; d < is.dim; ++d) REQUIRE(step.keys[slot * is.dim + d] == before.new_keys[row * is.dim + d]);
-    for (int64_t d = 0; d < is.value_dim; ++d) {
-      REQUIRE(step.values[slot * is.value_dim + d] == before.new_values[row * is.value_dim + d]);
-    }
-  }
-  for (int64_t b = 0; b < is.batch; ++b) REQUIRE(step.seen[b] == before.seen[b] + 1);
+  CAPTURE(cpu::name_of(isa));
+  test::require_step(step, before);
 }
 
 }  // namespace

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+// decode_attention on the device, against a step in double and against the CPU's kernels, for every way to cut a row.
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/generators/catch_generators.hpp>
+#include <catch2/generators/catch_generators_range.hpp>
+
+#include "decode_case.h"
+
+using namespace fsdc;
+using namespace fsdc::test;
+
+namespace {
+
+DType any_dtype() { return GENERATE(DType::kFloat32, DType::kFloat16, DType::kBFloat16, DType::kFloat64); }
+
+int generate_order(int orders) {
+  const int order = GENERATE_COPY(range(0, orders));
+  use_order(order);
+  return order;
+}
+
+// Ways to cut a row of so many tokens, the new one among them.
+std::vector<cuda::DecodePlan> all_plans(int64_t tokens) {
+  std::vector<cuda::DecodePlan> plans;
+  for (const uint32_t cluster : {1u, 2u, 4u, 8u}) {
+    if (cluster <= most_in_cluster()) plans.push_back({cluster, false, (tokens + cluster - 1) / cluster});
+  }
+  for (const int64_t run_tokens : {int64_t{1}, int64_t{7}, (tokens + 2) / 3, tokens}) {
+    plans.push_back({1, true, std::max(run_tokens, (tokens + 39) / 40)});
+  }
+  return plans;
+}
+
+void check(const DecodeStep& start, const cuda::DecodePlan& plan) {
+  CAPTURE(plan.cluster, plan.is_split, plan.run_tokens);
+  DecodeStep step = start, before = start;
+  decode_on_device(step, plan);
+  require_step(step, before);
+}
+
+// With two plans, other ones at each call and in another order of threads, or with every plan.
+void check_with_plans(const DecodeStep& step, bool with_all = false) {
+  static size_t turn = 0;
+  const std::vector<cuda::DecodePlan> plans = all_plans(step.in_use() + 1);
+  for (size_t i = 0; i < (with_all ? plans.size() : 2); ++i) {
+    if (!with_all) use_order(int(turn) % orders());
+    check(step, plans[turn++ % plans.size()]);
+  }
+}
+
+// The same step with other parameters, against the CPU's kernel.
+void check_change(const DecodeStep& start, const DecodeChange& change) {
+  DecodeStep expected = start;
+  DecodeAttentionParams params = expected.params();
+  change(params);
+  cpu::decode_attention(params, cpu::Sequential());
+  for (const cuda::DecodePlan& plan : all_plans(start.in_use() + 1)) {
+    CAPTURE(plan.cluster, plan.is_split, plan.run_tokens);
+    DecodeStep step = start;
+    decode_on_device(step, plan, change);
+    require_same_step(step, expected);
+  }
+}
+
+}  // namespace
+
+// First, and quick: most of what can be wrong shows here, and tests/simt/mutants/run goes no further then.
+TEST_CASE("decode_attention: every plan") {
+  generate_order(all_orders());
+  check_with_plans(DecodeStep({.group = 4,
+                               .slots = 40,
+                               .dim = 8,
+                               .length = 50,
+                               .dtype = DType::kBFloat16,
+                               .has_holes = true,
+                               .has_entry = true,
+                               .has_sinks = true}),
+                   true);
+  check_with_plans(DecodeStep({.batch = 1, .group = 9, .slots = 150, .dim = 12, .value_dim = 3, .length = 160}), true);
+}
+
+TEST_CASE("decode_attention: from the first token on") {
+  const DType dtype = any_dtype();
+  const int64_t length = GENERATE(0, 1, 19, 20, 21, 300);
+  for (const bool has_entry : {false, true}) {
+    check_with_plans(DecodeStep({.length = length, .dtype = dtype, .has_entry = has_entry}));
+  }
+}
+
+TEST_CASE("decode_attention: head dimensions and groups") {
+  const DType dtype = any_dtype();
+  const auto [dim, value_dim, group] = GENERATE(table<int64_t, int64_t, int64_t>({{1, 1, 1},
+                                                                                  {3, 7, 2},
+                                                                                  {8, 16, 4},
+                                                                                  {16, 8, 5},
+                                                                                  {15, 17, 13},
+                                                                                  {64, 64, 8},
+                                                                                  {80, 65, 4},
+                                                                                  {128, 128, 4},
+                                                                                  {128, 64, 9},
+                                                                                  {192, 128, 1},
+                                                                                  {8, 600, 3},
+                                                                                  {600, 8, 3}}));
+  if (!is_fast() && dim + value_dim > 150) return;
+  check_with_plans(
+      DecodeStep({.heads = 1, .group = group, .dim = dim, .value_dim = value_dim, .dtype = dtype, .has_holes = true}));
+}
+
+TEST_CASE("decode_attention: logit rules") {
+  const DType dtype = any_dtype();
+  for (const double softcap : {0.0, 0.5, 30.0}) {
+    for (const bool has_sinks : {false, true}) {
+      check_with_plans(
+          DecodeStep({.dim = 33, .dtype = dtype, .has_entry = true, .has_sinks = has_sinks, .softcap = softcap}));
+    }
+  }
+}
+
+TEST_CASE("decode_attention: rules of eviction, as the CPU has them") {
+  use_order(0);
+  DecodeStep step({.slots = 30, .length = GENERATE(12, 30, 45), .has_holes = GENERATE(false, true), .has_entry = true});
+  SECTION("none of it") {
+    check_change(step, [](DecodeAttentionParams& p) {
+      p.value_weight = false, p.redundancy = 0, p.prior = 0, p.decay = 1, p.sink_tokens = p.recent_tokens = 0;
+    });
+  }
+  SECTION("literal sums in the entry") {
+    check_change(step, [](DecodeAttentionParams& p) { p.skipped_mean = false; });
+  }
+  SECTION("an entry with nothing in it") {
+    std::fill(step.skipped_count.begin(), step.skipped_count.end(), 0);
+    check_change(step, [](DecodeAttentionParams&) {});
+    check_change(step, [](DecodeAttentionParams& p) { p.skipped_mean = false; });
+  }
+  SECTION("everything protected: the oldest goes, or the new one") {
+    check_change(step, [](DecodeAttentionParams& p) { p.recent_tokens = 1000; });
+    check_change(step, [](DecodeAttentionParams& p) { p.sink_tokens = 44; });
+  }
+  SECTION("a new token that the user protects") {
+    step.is_protected = {1, 0};
+    check_change(step, [](DecodeAttentionParams&) {});
+  }
+  SECTION("scores that are not finite, and ties") {
+    const float scores[] = {kInf, kNaN, -kNaN, -kInf, 0.0f, -0.0f, 3e38f};
+    for (size_t i = 0; i < size_t(step.rows); ++i) {
+      if (step.positions[i] >= 0) step.facts[i] = scores[i % std::size(scores)];
+    }
+    check_change(step, [](DecodeAttentionParams&) {});
+    for (float& score : step.facts) score = std::isnan(score) || score == -kInf ? score : kInf;
+    check_change(step, [](DecodeAttentionParams&) {});
+  }
+}
+
+TEST_CASE("decode_attention: a padded row stays as it was") {
+  use_order(1 % orders());
+  const DType dtype = any_dtype();
+  DecodeStep start(
+      {.slots = 30, .length = GENERATE(0, 7, 30, 45), .dtype = dtype, .has_holes = true, .has_entry = true});
+  start.valid = {0, 0};
+  for (Numbers* numbers : {&start.query, &start.new_keys, &start.new_values, &start.output}) {
+    for (int64_t i = 0; i < numbers->size(); ++i) numbers->set(i, std::nan(""));
+  }
+  for (const cuda::DecodePlan& plan : all_plans(start.in_use() + 1)) {
+    DecodeStep step = start;
+    decode_on_device(step, plan);
+    REQUIRE(step.same_state(start));
+    for (int64_t i = 0; i < step.output.size(); ++i) REQUIRE(step.output[i] == 0);
+  }
+  start.valid = {0, 1};
+  const DecodeStep sound(start.is);
+  start.query = sound.query, start.new_keys = sound.new_keys, start.new_values = sound.new_values;
+  check_change(start, [](DecodeAttentionParams&) {});
+}
+
+TEST_CASE("decode_attention: whatever an empty slot holds does not count") {
+  use_order(2 % orders());
+  const DType dtype = any_dtype();
+  const double junk = GENERATE(std::nan(""), test::kInfinity, -test::kInfinity);
+  const DecodeStep clean({.slots = 60, .length = 70, .dtype = dtype, .has_holes = true});
+  DecodeStep dirty = clean;
+  for (int64_t slot = 0; slot < dirty.rows; ++slot) {
+    if (dirty.positions[slot] >= 0) continue;
+    for (int64_t d = 0; d < 8; ++d) dirty.keys.set(slot * 8 + d, junk), dirty.values.set(slot * 8 + d, junk);
+    for (int64_t plane = kValueWeights; plane < kFacts; ++plane) dirty.facts[plane * (dirty.rows + 1) + slot] = kNaN;
+  }
+  for (const cuda::DecodePlan& plan : all_plans(61)) {
+    DecodeStep expected = clean, step = dirty;
+    decode_on_device(expected, plan);
+    decode_on_device(step, plan);
+    REQUIRE(step.output == expected.output);
+    REQUIRE(step.positions == expected.positions);
+  }
+}
+
+// 3 and 36 of them, in the memory of 2 heads with 20.
+TEST_CASE("decode_attention: KV heads with slots of their own") {
+  use_order(3 % orders());
+  const DType dtype = any_dtype();
+  const int64_t length = GENERATE(0, 4, 200);
+  DecodeStep start({.batch = 1, .length = length, .dtype = dtype});
+  start.layout = {0, 3, 1, 3, 4, 36, 1, 2};
+  for (int64_t slot = 0; slot < start.rows; ++slot) {
+    const int64_t first = slot < 4 ? 0 : 4, slots = slot < 4 ? 3 : 36;
+    const bool is_held = slot - first < std::min(length, slots);
+    start.positions[size_t(slot)] = is_held ? int32_t(slot - first) : -1;
+    start.facts[size_t(slot)] = is_held ? 1.0f + float(slot % 7) : -kInf;
+  }
+  DecodeStep expected = start;
+  DecodeAttentionParams params = expected.params();
+  params.slots = 36;
+  cpu::decode_attention(params, cpu::Sequential());
+  for (const int64_t slots : {36, 41}) {  // of the largest, or no fewer
+    for (const int64_t run_tokens : {1, 5, 36, 100}) {
+      DecodeStep step = start;
+      decode_on_device(step, {1, true, run_tokens}, [&](DecodeAttentionParams& p) { p.slots = slots; });
+      require_same_step(step, expected);
+    }
+  }
+}
+
+TEST_CASE("decode_attention: the same bits on every run, and in whatever order blocks come") {
+  const DecodeStep start({.slots = 70,
+                          .dim = 24,
+                          .length = 80,
+                          .dtype = DType::kFloat16,
+                          .has_holes = true,
+                          .has_entry = true,
+                          .has_sinks = true});
+  for (const cuda::DecodePlan& plan : all_plans(71)) {
+    use_order(0);
+    DecodeStep expected = start;
+    decode_on_device(expected, plan);
+    for (int order = 0; order < orders(); ++order) {
+      use_order(order);
+      DecodeStep step = start;
+      decode_on_device(step, plan);
+      REQUIRE(step.output == expected.output);
+      REQUIRE(step.same_state(expected));
+    }
+  }
+}
