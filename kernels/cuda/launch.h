@@ -5,8 +5,11 @@
 #include <cuda_runtime_api.h>
 
 #include "../accumulate_scores.h"
+#include "../chunk_attention.h"
 #include "../truncate.h"
+#include "chunk_attention/plan.h"
 #include "device.h"
+#include "products.h"
 #include "truncate/plan.h"
 
 namespace fsdc::cuda {
@@ -20,5 +23,11 @@ cudaError_t launch_truncate(const TruncateParams& params, const TruncatePlan& pl
 bool truncate_sums_weights(const TruncateParams& params);
 
 cudaError_t launch_accumulate_scores(const AccumulateScoresParams& params, cudaStream_t stream);
+
+// In blocks of the usual size, or of one to try out. `params.head_layout` is read here and now, so it is the host's; all
+// else is the device's.
+cudaError_t launch_chunk_attention(const ChunkAttentionParams& params, Products& products, cudaStream_t stream);
+cudaError_t launch_chunk_attention(const ChunkAttentionParams& params, const ChunkLimits& limits, Products& products,
+                                   cudaStream_t stream);
 
 }  // namespace fsdc::cuda

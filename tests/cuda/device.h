@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "kernels/accumulate_scores.h"
+#include "kernels/chunk_attention.h"
+#include "kernels/cuda/chunk_attention/plan.h"
 #include "kernels/cuda/truncate/plan.h"
 #include "kernels/truncate.h"
 
@@ -50,5 +52,6 @@ int64_t tokens_per_round();
 // These throw where a launch failed.
 void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan);
 void accumulate_scores(const AccumulateScoresParams& params);
+void chunk_attention(const ChunkAttentionParams& params, const cuda::ChunkLimits& limits);
 
 }  // namespace fsdc::test

@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <stdexcept>
 
 #include "device.h"
+#include "host_products.h"
 #include "kernels/cuda/accumulate_scores.cuh"
+#include "kernels/cuda/chunk_attention/chunk_attention.cuh"
 #include "kernels/cuda/truncate/truncate.cuh"
 
 namespace fsdc::test {
@@ -18,6 +21,18 @@ bool shipped_blocks = false;
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error("launch failed with error " + std::to_string(int(error)));
 }
+
+class HostProducts final : public cuda::Products {
+ public:
+  void* memory(int64_t bytes) override { return memory_.emplace_back(Bytes(size_t(bytes), kUndefined)).data(); }
+  void multiply(const cuda::Matrices& left, const cuda::Matrices& right, const cuda::Matrices& product) override {
+    multiply_on_host(left, right, product);
+  }
+
+ private:
+  static constexpr char kUndefined = char(0xa5);  // as shared memory is
+  std::list<DeviceMemory> memory_;
+};
 
 }  // namespace
 
@@ -83,6 +98,12 @@ void truncate(const TruncateParams& params, const cuda::TruncatePlan& plan) {
 void accumulate_scores(const AccumulateScoresParams& params) {
   check(shipped_blocks ? cuda::launch_accumulate_scores_kernel<cuda::kAccumulateScoresThreads>(params, nullptr)
                        : cuda::launch_accumulate_scores_kernel<kThreads>(params, nullptr));
+}
+
+void chunk_attention(const ChunkAttentionParams& params, const cuda::ChunkLimits& limits) {
+  HostProducts products;
+  check(shipped_blocks ? cuda::run_chunk_attention<cuda::kChunkThreads>(params, limits, products, nullptr)
+                       : cuda::run_chunk_attention<kThreads>(params, limits, products, nullptr));
 }
 
 }  // namespace fsdc::test
