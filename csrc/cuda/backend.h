@@ -10,13 +10,14 @@
 #include <string>
 
 #include "csrc/checks.h"
+#include "csrc/products.h"
 #include "kernels/cuda/launch.h"
 
 namespace fsdc {
 
 class CudaBackend {
  public:
-  explicit CudaBackend(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit CudaBackend(const Tensor& tensor) : device_(tensor.device()), guard_(tensor.get_device_index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
@@ -28,6 +29,11 @@ class CudaBackend {
     check("accumulate_scores_", cuda::launch_accumulate_scores(params, stream_));
   }
 
+  void chunk_attention(const ChunkAttentionParams& params) const {
+    TorchProducts products(device_);
+    check("chunk_attention_", cuda::launch_chunk_attention(params, products, stream_));
+  }
+
  private:
   static void check(const char* op, cudaError_t error) {
     if (error == cudaSuccess) return;
@@ -35,6 +41,7 @@ class CudaBackend {
     throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorString(error));
   }
 
+  torch::stable::Device device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
 };

@@ -376,8 +376,11 @@ def test_a_head_layout_lies_within_the_rows(row, held):
         torch.ops.fsdc.chunk_attention_(**arguments)
 
 
-def test_there_is_no_cuda_kernel_so_far():
-    text = "chunk_attention_: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device"
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}"):
-        torch.ops.fsdc.chunk_attention_.default.redispatch(cuda, **on("cpu", C))
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode], ids=["real", "fake"])
+def test_a_head_layout_is_on_the_cpu(mode):
+    with mode():
+        arguments = on("cpu", {**C, **FLAT})
+        arguments["head_layout"] = torch.empty(4, 2, dtype=torch.int32, device="meta")
+        text = "chunk_attention_: head_layout must be on the CPU, where it is read; got meta"
+        with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+            torch.ops.fsdc.chunk_attention_(**arguments)

@@ -17,8 +17,8 @@ truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
 decode_attention_ = torch.ops.fsdc.decode_attention_.default
 chunk_attention_ = torch.ops.fsdc.chunk_attention_.default
-CPU_ONLY = ("decode_attention_", "chunk_attention_")
-OPERATORS = ("truncate", "accumulate_scores_", *CPU_ONLY)  # in the order of csrc/ops.cpp
+CPU_ONLY = ("decode_attention_",)
+OPERATORS = ("truncate", "accumulate_scores_", *CPU_ONLY, "chunk_attention_")  # in the order of csrc/ops.cpp
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
