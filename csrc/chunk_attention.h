@@ -48,6 +48,8 @@ inline void check_tokens_of_heads(const char* op, const ChunkArguments& a) {
     check_type(op, "head_layout", *a.head_layout, ScalarType::Int);
     FSDC_CHECK(a.head_layout->is_contiguous(), op, ": head_layout must be contiguous; got strides ",
                to_text(a.head_layout->strides()));
+    FSDC_CHECK(a.head_layout->is_cpu(), op, ": head_layout must be on the CPU, where it is read; got ",
+               device_text(*a.head_layout));
   }
   const int64_t batch = a.batch(), heads = a.heads(), tokens = a.keys.size(flat ? 1 : 2), dim = a.query.size(3);
   const int64_t value_dim = a.values.size(flat ? 2 : 3);
@@ -146,7 +148,8 @@ inline void check_chunk_attention(const ChunkArguments& a) {
                                                 {"skipped_count", pointer(a.skipped_count)}};
   for (const auto& arguments : {written, read}) {
     for (const Argument& argument : arguments) {
-      if (argument.tensor != nullptr) check_same_device(op, argument.name, *argument.tensor, "query", a.query);
+      if (argument.tensor == nullptr || argument.tensor == pointer(a.head_layout)) continue;
+      check_same_device(op, argument.name, *argument.tensor, "query", a.query);
     }
   }
   check_no_overlap(op, written, read);

@@ -40,7 +40,7 @@ struct ChunkAttentionParams {
   DType dtype;      // of query, keys and values
 
   // Per head {its first row, T_h}, [H, 2]: keys, values, facts and positions lie flat, the Q new tokens of a head behind
-  // those it holds. Null: every head holds T.
+  // those it holds. On the host. Null: every head holds T.
   const int32_t* head_layout;
 
   TokenVectors query;   // [B, H * G, Q, D]

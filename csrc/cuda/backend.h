@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "csrc/checks.h"
+#include "csrc/products.h"
 #include "kernels/cuda/launch.h"
 
 namespace fsdc {
@@ -39,6 +40,11 @@ class CudaBackend {
         bytes > 0 ? torch::stable::empty(std::vector{bytes}, ScalarType::Byte, {}, device_) : Tensor();
     void* const memory = bytes > 0 ? scratch.mutable_data_ptr() : nullptr;
     check("decode_attention_", cuda::launch_decode_attention(params, plan, memory, stream_));
+  }
+
+  void chunk_attention(const ChunkAttentionParams& params) const {
+    TorchProducts products(device_);
+    check("chunk_attention_", cuda::launch_chunk_attention(params, products, stream_));
   }
 
  private:

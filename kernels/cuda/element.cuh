@@ -92,6 +92,13 @@ __device__ Pack<Element, kCount> unpack(const Word& word) {
   return pack;
 }
 
+template <class Element, int kCount>
+__device__ Access<kCount* static_cast<int>(sizeof(Element))> pack_up(const Pack<Element, kCount>& pack) {
+  Access<kCount* static_cast<int>(sizeof(Element))> word;
+  std::memcpy(&word, &pack, sizeof word);
+  return word;
+}
+
 template <class T>
 struct ElementType {
   using type = T;

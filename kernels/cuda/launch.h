@@ -5,10 +5,13 @@
 #include <cuda_runtime_api.h>
 
 #include "../accumulate_scores.h"
+#include "../chunk_attention.h"
 #include "../decode_attention.h"
 #include "../truncate.h"
+#include "chunk_attention/plan.h"
 #include "decode_attention/plan.h"
 #include "device.h"
+#include "products.h"
 #include "truncate/plan.h"
 
 namespace fsdc::cuda {
@@ -28,5 +31,11 @@ cudaError_t launch_accumulate_scores(const AccumulateScoresParams& params, cudaS
 cudaError_t plan_decode_attention(const DecodeAttentionParams& params, DecodePlan& plan);
 cudaError_t launch_decode_attention(const DecodeAttentionParams& params, const DecodePlan& plan, void* scratch,
                                     cudaStream_t stream);
+
+// In blocks of the usual size, or of one to try out. `params.head_layout` is read here and now, so it is the host's; all
+// else is the device's.
+cudaError_t launch_chunk_attention(const ChunkAttentionParams& params, Products& products, cudaStream_t stream);
+cudaError_t launch_chunk_attention(const ChunkAttentionParams& params, const ChunkLimits& limits, Products& products,
+                                   cudaStream_t stream);
 
 }  // namespace fsdc::cuda

@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "kernels/accumulate_scores.h"
+#include "kernels/chunk_attention.h"
+#include "kernels/cuda/chunk_attention/plan.h"
 #include "kernels/cuda/decode_attention/plan.h"
 #include "kernels/cuda/truncate/plan.h"
 #include "kernels/truncate.h"
@@ -56,5 +58,6 @@ void decode_attention(const DecodeAttentionParams& params, const cuda::DecodePla
 // That for this device, and the same for any other.
 cuda::DecodePlan decode_plan(const DecodeAttentionParams& params);
 cuda::DecodePlan decode_plan(const DecodeAttentionParams& params, const cuda::Device& device);
+void chunk_attention(const ChunkAttentionParams& params, const cuda::ChunkLimits& limits);
 
 }  // namespace fsdc::test

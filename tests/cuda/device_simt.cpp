@@ -3,10 +3,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <list>
 #include <stdexcept>
 
 #include "device.h"
+#include "host_products.h"
 #include "kernels/cuda/accumulate_scores.cuh"
+#include "kernels/cuda/chunk_attention/chunk_attention.cuh"
 #include "kernels/cuda/decode_attention/decode_attention.cuh"
 #include "kernels/cuda/truncate/truncate.cuh"
 
@@ -19,6 +22,18 @@ bool shipped_blocks = false;
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error("launch failed with error " + std::to_string(int(error)));
 }
+
+class HostProducts final : public cuda::Products {
+ public:
+  void* memory(int64_t bytes) override { return memory_.emplace_back(Bytes(size_t(bytes), kUndefined)).data(); }
+  void multiply(const cuda::Matrices& left, const cuda::Matrices& right, const cuda::Matrices& product) override {
+    multiply_on_host(left, right, product);
+  }
+
+ private:
+  static constexpr char kUndefined = char(0xa5);  // as shared memory is
+  std::list<DeviceMemory> memory_;
+};
 
 }  // namespace
 
@@ -99,6 +114,12 @@ cuda::DecodePlan decode_plan(const DecodeAttentionParams& params) {
 
 cuda::DecodePlan decode_plan(const DecodeAttentionParams& params, const cuda::Device& device) {
   return cuda::plan_decode_attention(params, device, shipped_blocks ? cuda::kDecodeAttentionThreads : kThreads);
+}
+
+void chunk_attention(const ChunkAttentionParams& params, const cuda::ChunkLimits& limits) {
+  HostProducts products;
+  check(shipped_blocks ? cuda::run_chunk_attention<cuda::kChunkThreads>(params, limits, products, nullptr)
+                       : cuda::run_chunk_attention<kThreads>(params, limits, products, nullptr));
 }
 
 }  // namespace fsdc::test

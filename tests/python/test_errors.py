@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fixed_size_kv_cache.operators.register import CPU_ONLY
 
 K = dict(keys=(2, 4, 10, 8), values=(2, 4, 10, 8), scores=(2, 4, 10), cache_size=3)  # good, changed below
 A = dict(scores=(2, 4, 10), weights=(2, 8, 3, 10))
@@ -235,11 +234,6 @@ def on(device, arguments):
 
 @pytest.mark.parametrize("op, arguments, text", CASES)
 def test_operator(op, arguments, text, device):
-    if op in CPU_ONLY and device != "cpu":
-        text = (
-            f"{op}: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device; "
-            "move them with .cpu()"
-        )
     arguments = on(device, arguments)
     before = {name: x.clone() for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel() < 1e6}
     with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
@@ -376,8 +370,11 @@ def test_a_head_layout_lies_within_the_rows(row, held):
         torch.ops.fsdc.chunk_attention_(**arguments)
 
 
-def test_there_is_no_cuda_kernel_so_far():
-    text = "chunk_attention_: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device"
-    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}"):
-        torch.ops.fsdc.chunk_attention_.default.redispatch(cuda, **on("cpu", C))
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, FakeTensorMode], ids=["real", "fake"])
+def test_a_head_layout_is_on_the_cpu(mode):
+    with mode():
+        arguments = on("cpu", {**C, **FLAT})
+        arguments["head_layout"] = torch.empty(4, 2, dtype=torch.int32, device="meta")
+        text = "chunk_attention_: head_layout must be on the CPU, where it is read; got meta"
+        with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
+            torch.ops.fsdc.chunk_attention_(**arguments)

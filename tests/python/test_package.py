@@ -210,7 +210,7 @@ def test_info_says_what_computes_the_steps_of_a_layer(monkeypatch):
         assert facts[f"decode step on {device}"] == (
             "policy attention: fused, decode_attention_; policy streaming or random: plain torch, accumulate_scores_"
         )
-    assert facts["chunk step on cpu"] == "fused, chunk_attention_; then truncate"
+        assert facts[f"chunk step on {device}"] == "fused, chunk_attention_; then truncate"
     monkeypatch.setattr(chunk, "is_fused", lambda device: device.type == "cuda")
     assert info.steps()["chunk step on cuda"] == "fused, chunk_attention_; then truncate"
     assert info.steps()["chunk step on cpu"] == "plain torch, accumulate_scores_; then truncate"

@@ -10,7 +10,7 @@ from .. import _C, __version__
 from ..compat import versions
 from ..layer import chunk, decode
 from ..operators.load import BUILD
-from ..operators.register import CPU_ONLY, OPERATORS
+from ..operators.register import OPERATORS
 from ..settings import POLICIES, FixedSizeCacheConfig
 
 DEVICES = ("cpu", "cuda")
@@ -56,12 +56,8 @@ def collect() -> dict[str, str | list[str]]:
 def operators() -> dict[str, str]:
     """What runs each operator on a device."""
 
-    def on_cuda(name: str) -> str:
-        if name in CPU_ONLY:
-            return "refused, there is no kernel of it"
-        return f"kernel for {BUILD['cuda_architectures']}" if BUILD["cuda"] else "refused, this build has no kernels"
-
-    return {f"torch.ops.fsdc.{name}": f"cpu: {_C.cpu_isa_of(name)}; cuda: {on_cuda(name)}" for name in OPERATORS}
+    on_cuda = f"kernel for {BUILD['cuda_architectures']}" if BUILD["cuda"] else "refused, this build has no kernels"
+    return {f"torch.ops.fsdc.{name}": f"cpu: {_C.cpu_isa_of(name)}; cuda: {on_cuda}" for name in OPERATORS}
 
 
 def steps() -> dict[str, str]:

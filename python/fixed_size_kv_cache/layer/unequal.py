@@ -115,7 +115,7 @@ class UnequalLayer(FixedSizeLayer):
             counts.append(held.positions.shape[2] + tokens.positions.shape[2])
             layout.append((first, held.positions.shape[2] + recorded))
             first += counts[-1]
-        layout = torch.tensor(layout, dtype=torch.int32, device=self.device)
+        layout = torch.tensor(layout, dtype=torch.int32)  # on the CPU
         return counts, layout, join_heads(every)
 
     # ---- what it cannot do -------------------------------------------------------------------------------------------

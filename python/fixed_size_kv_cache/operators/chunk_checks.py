@@ -61,7 +61,7 @@ def check_chunk_attention(given: dict) -> None:
     torch._check(softcap is None or softcap > 0, lambda: f"{OP}: softcap must be above 0; got {softcap:g}")
     _check_entry(tensors, B, H)
     for name, tensor in tensors.items():
-        if tensor is not None:
+        if tensor is not None and name != "head_layout":
             _check_same_device(OP, name, tensor, "query", query)
     check_no_overlap(OP, {name: tensors.pop(name) for name in WRITTEN}, tensors)
 
@@ -80,6 +80,11 @@ def _check_heads(tensors: dict[str, Tensor | None]) -> int:
         _check_sizes(OP, "head_layout", layout, [H, 2], "[H, 2]")
         _check_type(OP, "head_layout", layout, torch.int32)
         _check_contiguous(OP, "head_layout", layout)
+        where_it_is = layout.device
+        torch._check(
+            where_it_is.type == "cpu",
+            lambda: f"{OP}: head_layout must be on the CPU, where it is read; got {where_it_is}",
+        )
     rows = [H, tokens] if layout is None else [tokens]
     _check_sizes(OP, "keys", keys, [B, *rows, D], f"[B, {where}, D]")
     _check_sizes(OP, "values", values, [B, *rows, values.shape[-1]], f"[B, {where}, Dv]")

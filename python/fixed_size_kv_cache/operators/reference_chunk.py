@@ -59,8 +59,8 @@ def chunk_attention_(
         sees: ``[B, Q, Q]`` in bool, which new tokens a query sees, where that is not all up to itself.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         sinks: ``[Hq]``, attention sinks: logits in the denominator of the softmax, without value and vote.
-        head_layout: ``[H, 2]`` in int32, for heads that hold different numbers of tokens: each head's first row, and
-            how many it holds. Its new tokens follow them.
+        head_layout: ``[H, 2]`` in int32 on the CPU, for heads that hold different numbers of tokens: each head's first
+            row, and how many it holds. Its new tokens follow them.
         skipped_keys: ``[B, H, D]`` in float32 (float64 for float64), the sum of the keys of evicted tokens, an entry
             that every query sees which sees anything.
         skipped_values: ``[B, H, Dv]``, the sum of their values.

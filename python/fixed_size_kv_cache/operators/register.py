@@ -17,8 +17,7 @@ truncate = torch.ops.fsdc.truncate.default
 accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
 decode_attention_ = torch.ops.fsdc.decode_attention_.default
 chunk_attention_ = torch.ops.fsdc.chunk_attention_.default
-CPU_ONLY = ("chunk_attention_",)
-OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_", *CPU_ONLY)  # in the order of csrc/ops.cpp
+OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_", "chunk_attention_")  # in the order of csrc/ops.cpp
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 
@@ -92,11 +91,6 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def _refuse_cuda(name: str, *args, **kwargs):
-    if name in CPU_ONLY:
-        raise RuntimeError(
-            f"{name}: tensors must be on the CPU, there is no CUDA kernel of it; got tensors on a CUDA device; "
-            "move them with .cpu()"
-        )
     raise RuntimeError(
         f"{name}: tensors must be on the CPU, this build has no CUDA kernels; got tensors on a CUDA device; "
         "build again where nvcc is found (`fsdc info` shows what was built)"
@@ -112,5 +106,5 @@ for _name in OPERATORS:
     )
     _library.impl(_name, functools.partial(_refuse_gradients, _operator, _written), "Autograd")
     register_refusals(_library, _operator)
-    if BUILD["cuda"] is None or _name in CPU_ONLY:
+    if BUILD["cuda"] is None:
         _library.impl(_name, functools.partial(_refuse_cuda, _name), "CUDA")
