@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-
 K = dict(keys=(2, 4, 10, 8), values=(2, 4, 10, 8), scores=(2, 4, 10), cache_size=3)  # good, changed below
 A = dict(scores=(2, 4, 10), weights=(2, 8, 3, 10))
 C = dict(query=(2, 8, 3, 8), keys=(2, 4, 10, 8), values=(2, 4, 10, 6), scaling=1.0)
