@@ -2,7 +2,6 @@
 // One call of decode_attention, on the device and on the CPU's kernels.
 #pragma once
 
-#include <catch2/catch_approx.hpp>
 #include <functional>
 #include <memory>
 
@@ -94,7 +93,11 @@ inline void require_same_step(DecodeStep& step, DecodeStep& expected) {
   REQUIRE(step.skipped_count == expected.skipped_count);
   REQUIRE(step.keys == expected.keys);
   REQUIRE(step.values == expected.values);
+  const size_t plane = step.facts.size() / kFacts + 1;  // the last slot of the last one is not there
   for (size_t i = 0; i < step.facts.size(); ++i) {
+    const size_t slot = i % plane;
+    const bool is_empty = slot < step.positions.size() && step.positions[slot] < 0;
+    if (is_empty && i >= plane) continue;  // of an empty slot only the score means anything
     CAPTURE(i, step.facts[i], expected.facts[i]);
     REQUIRE(is_close(step.facts[i], expected.facts[i], 5e-6, 2e-6));
   }

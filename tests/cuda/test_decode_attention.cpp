@@ -173,22 +173,26 @@ TEST_CASE("decode_attention: a padded row stays as it was") {
 }
 
 TEST_CASE("decode_attention: whatever an empty slot holds does not count") {
-  use_order(2 % orders());
   const DType dtype = any_dtype();
-  const double junk = GENERATE(std::nan(""), test::kInfinity, -test::kInfinity);
-  const DecodeStep clean({.slots = 60, .length = 70, .dtype = dtype, .has_holes = true});
-  DecodeStep dirty = clean;
-  for (int64_t slot = 0; slot < dirty.rows; ++slot) {
-    if (dirty.positions[slot] >= 0) continue;
-    for (int64_t d = 0; d < 8; ++d) dirty.keys.set(slot * 8 + d, junk), dirty.values.set(slot * 8 + d, junk);
-    for (int64_t plane = kValueWeights; plane < kFacts; ++plane) dirty.facts[plane * (dirty.rows + 1) + slot] = kNaN;
-  }
-  for (const cuda::DecodePlan& plan : all_plans(61)) {
-    DecodeStep expected = clean, step = dirty;
+  DecodeStep clean({.slots = 40, .length = 50, .dtype = dtype, .has_holes = true});
+  for (const cuda::DecodePlan& plan : {decode_plan(clean.params()), all_plans(41).front(), all_plans(41).back()}) {
+    use_order(2 % orders());
+    DecodeStep expected = clean;
     decode_on_device(expected, plan);
-    decode_on_device(step, plan);
-    REQUIRE(step.output == expected.output);
-    REQUIRE(step.positions == expected.positions);
+    for (const double junk : {std::nan(""), test::kInfinity, -test::kInfinity}) {
+      DecodeStep step = clean;
+      for (int64_t slot = 0; slot < step.rows; ++slot) {
+        if (step.positions[size_t(slot)] >= 0) continue;
+        for (int64_t d = 0; d < 8; ++d) step.keys.set(slot * 8 + d, junk), step.values.set(slot * 8 + d, junk);
+        for (int64_t plane = kValueWeights; plane < kFacts; ++plane) {
+          const size_t at = size_t(plane * (step.rows + 1) + slot);
+          if (at < step.facts.size()) step.facts[at] = float(junk);
+        }
+      }
+      decode_on_device(step, plan);
+      REQUIRE(step.output == expected.output);
+      REQUIRE(step.positions == expected.positions);
+    }
   }
 }
 
@@ -238,4 +242,33 @@ TEST_CASE("decode_attention: the same bits on every run, and in whatever order b
       REQUIRE(step.same_state(expected));
     }
   }
+}
+
+TEST_CASE("decode_attention: by its own plan") {
+  use_order(0);
+  for (const int64_t length : {1, 200, 900}) {
+    DecodeStep step({.group = 5, .slots = 600, .dim = 16, .length = length, .dtype = DType::kBFloat16});
+    check(step, decode_plan(step.params()));
+    if (!is_fast()) break;
+  }
+}
+
+TEST_CASE("decode_attention: what cannot be launched is refused") {
+  DecodeStep step({.dim = 16});
+  const cuda::DecodePlan plan{1, false, step.in_use() + 1};
+  const auto refuses = [&](const DecodeChange& change) {
+    DecodeAttentionParams params = step.params();
+    change(params);
+    CHECK_THROWS(decode_attention(params, plan));
+  };
+  const auto off = [](auto*& address) {
+    address = reinterpret_cast<std::remove_reference_t<decltype(address)>>(reinterpret_cast<uintptr_t>(address) + 1);
+  };
+  refuses([](DecodeAttentionParams& p) { p.batch = int64_t{1} << 31; });
+  refuses([&](DecodeAttentionParams& p) { off(p.keys.data); });
+  refuses([&](DecodeAttentionParams& p) { off(p.new_values.data); });
+  refuses([&](DecodeAttentionParams& p) { off(p.facts); });
+  refuses([&](DecodeAttentionParams& p) { off(p.positions); });
+  refuses([&](DecodeAttentionParams& p) { off(p.seen); });
+  refuses([&](DecodeAttentionParams& p) { off(p.output); });
 }

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// How truncate shares its work on devices of several kinds. Needs no device.
+// How truncate and decode_attention share their work on devices of several kinds. Needs no device.
 #include <catch2/catch_test_macros.hpp>
 
+#include "kernels/cuda/decode_attention/plan.h"
 #include "kernels/cuda/truncate/plan.h"
 
 using namespace fsdc;
+using cuda::DecodePlan;
 using cuda::Device;
 using cuda::plan_truncate;
 using cuda::TruncatePlan;
@@ -42,6 +44,20 @@ TruncateParams shape_with_weights(int64_t rows, int64_t tokens, int64_t kept, in
   params.weights.queries = queries;
   params.weights.dtype = DType::kFloat32;
   return params;
+}
+
+// bf16, D = 128
+DecodeAttentionParams decode_shape(int64_t batch, int64_t heads, int64_t slots, int64_t length, int64_t group = 4) {
+  DecodeAttentionParams params{};
+  params.batch = batch, params.heads = heads, params.group = group;
+  params.slots = slots, params.length = length;
+  params.dtype = DType::kBFloat16;
+  params.keys.dim = params.values.dim = 128;
+  return params;
+}
+
+DecodePlan plan_decode(const DecodeAttentionParams& params, const Device& device) {
+  return cuda::plan_decode_attention(params, device, 256);
 }
 
 }  // namespace
@@ -117,4 +133,59 @@ TEST_CASE("plan: weights are summed on the way in where each is read once") {
 TEST_CASE("plan: the bytes of weights count") {
   CHECK(plan_truncate(shape_with_weights(1, 4096, 1, 1), kH200).cluster == 1);  // 16 KiB
   CHECK(plan_truncate(shape_with_weights(1, 4096, 1, 64), kH200).cluster == 8);
+}
+
+TEST_CASE("plan: a decode step of few rows takes clusters, or two launches where there are none") {
+  const DecodePlan cluster = plan_decode(decode_shape(1, 8, 1024, 5000), kH200);
+  CHECK(cluster.cluster == 8);
+  CHECK_FALSE(cluster.is_split);
+  CHECK(cluster.run_tokens == 129);  // of 1025
+  CHECK(plan_decode(decode_shape(8, 8, 1024, 5000), kH200).cluster == 4);
+  const DecodeAttentionParams few = decode_shape(1, 8, 1024, 5000);
+  const DecodePlan split = plan_decode(few, kA100);
+  CHECK(split.is_split);
+  CHECK(split.run_tokens == 64);
+  CHECK(cuda::scratch_bytes(few, split) == 8 * 17 * cuda::run_layout(few, 64).numbers * 4);
+}
+
+TEST_CASE("plan: a decode step of many rows, or of few tokens, takes a block for each") {
+  for (const Device& device : {kH200, kPartOfH200, kA100, kL40}) {
+    for (const auto& params : {decode_shape(64, 8, 1024, 5000), decode_shape(1, 8, 1024, 100)}) {
+      const DecodePlan plan = plan_decode(params, device);
+      CHECK(plan.cluster == 1);
+      CHECK_FALSE(plan.is_split);
+      CHECK(cuda::scratch_bytes(params, plan) == 0);
+    }
+  }
+}
+
+TEST_CASE("plan: a decode step of heads of their own sizes gives long ones more blocks") {
+  static const int32_t kLayout = 0;
+  DecodeAttentionParams params = decode_shape(1, 8, 8200, 5000);
+  params.heads_layout = &kLayout;
+  params.layout_rows = 8200;
+  const DecodePlan plan = plan_decode(params, kH200);
+  CHECK(plan.is_split);
+  CHECK(plan.run_tokens == 64);
+  CHECK(cuda::runs_per_batch_row(params, plan) == 8200 / 64 + 8);
+}
+
+TEST_CASE("plan: whatever a decode step is, its runs hold all tokens and fit") {
+  for (const Device& device : {kH200, kPartOfH200, kA100, kL40}) {
+    for (const int64_t batch : {1, 7, 300}) {
+      for (const int64_t slots : {1, 17, 1024, 30'000, 300'000}) {
+        for (const int64_t length : {int64_t{0}, slots / 2, slots + 9}) {
+          for (const int64_t group : {1, 8, 71}) {
+            const DecodeAttentionParams params = decode_shape(batch, 2, slots, length, group);
+            const DecodePlan plan = plan_decode(params, device);
+            CAPTURE(device.multiprocessors, batch, slots, length, group, plan.cluster, plan.is_split, plan.run_tokens);
+            CHECK(plan.cluster <= device.largest_cluster);
+            CHECK((plan.cluster == 1 || !plan.is_split));
+            CHECK(cuda::runs_per_row(params, plan) * plan.run_tokens >= cuda::tokens_per_row(params));
+            CHECK(cuda::shared_bytes(params, plan, 256) + (1 << 10) <= device.shared_bytes_per_block);
+          }
+        }
+      }
+    }
+  }
 }

@@ -30,12 +30,13 @@ constexpr double kLatency = 0.8;            // us from a load of cold memory to 
 constexpr double kBarrier = 0.3;            // us of a cluster
 constexpr double kShareOfBandwidth = 0.92;  // that streaming kernels get
 
+constexpr double kIssued = 0.05;  // of what a multiprocessor can issue, for each warp; at most 0.8
+
 // Known of the kernel.
 constexpr int kThreads = 256, kRegisters = 128;
 constexpr double kLoadsAhead = 7;  // of 16 bytes: 8 of keys, 6 of values
-// Instructions of a warp for a slot in bf16 at D = 128, counted in the inner loops of attend.cuh: conversions,
-// products, reductions, loads of queries and weights, and addresses.
-constexpr double instructions_per_slot(int64_t group) { return 12 + 12.5 * double(group + 1) + 18 * double(group); }
+// Instructions of a warp for a slot in bf16 at D = 128: the inner loops of attend.cuh, counted in the code for sm_90.
+constexpr double instructions_per_slot(int64_t group) { return 32 + 9.75 * double(group + 1) + 5 * double(group); }
 
 DecodeAttentionParams shape(int64_t batch, int64_t heads, int64_t group, int64_t slots, int64_t dim) {
   DecodeAttentionParams params{};
@@ -56,15 +57,17 @@ void predict(const Gpu& gpu, int64_t batch, int64_t slots) {
       std::min<int64_t>(65536 / (kRegisters * kThreads), gpu.device.shared_bytes_per_multiprocessor / shared);
   const double sms = double(gpu.device.multiprocessors);
   const double busy = std::min(double(blocks), sms), resident = std::min(double(blocks), sms * double(at_once));
+  const double warps = resident / busy * kThreads / 32;  // of a multiprocessor
   const double waves = double(blocks) / (sms * double(at_once));
 
   const double all_slots = double(batch * kHeads * slots), bytes = all_slots * double(4 * kDim + 28);
   const double floor = bytes / gpu.bandwidth;
   const double in_flight = resident * kThreads * 16 * kLoadsAhead / kLatency;
-  const double issued = 4 * busy * gpu.clock / instructions_per_slot(kGroup) * double(4 * kDim + 28);
+  const double issued =
+      4 * std::min(kIssued * warps, 0.8) * busy * gpu.clock / instructions_per_slot(kGroup) * double(4 * kDim + 28);
   const double rate = std::min({kShareOfBandwidth * gpu.bandwidth, in_flight, issued});
   const char* limit = rate == in_flight ? "loads in flight" : rate == issued ? "instructions" : "memory";
-  const double fixed = kLaunch + 2 * kLatency + (plan.cluster > 1 ? 2 * kBarrier : 0);  // first keys, then facts
+  const double fixed = kLaunch + 2 * kLatency + (plan.cluster > 1 ? 2 * kBarrier : 0);  // queries, then keys
   std::printf(
       "| %s | %lld | %lld | %.1f MB | %.1f us | %lld x %u of %lld tokens | %lld, %.0f%% | %.2f | %s | %.1f us |\n",
       gpu.name, static_cast<long long>(batch), static_cast<long long>(slots), bytes * 1e-6, floor,

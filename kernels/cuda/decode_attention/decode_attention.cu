@@ -17,11 +17,12 @@
 // Bytes   per row T (D + Dv) size, read once up to G = 8, once more for the values of each 8 heads beyond; 24 to 28 of
 //         facts and positions for each slot. In two launches 4 (G + 1) more per slot, written and read, mostly in L2
 // Floor   bytes / bandwidth: 4.4 MB, 1.3 us at 3.35 TB/s for B = 1, H = 8, T = 1024, D = 128 bf16
-// FLOPs   no tensor cores: 2 (2 G + 1) D per slot, at G = 4, D = 128 in bf16 4.4 per byte. At 3.35 TB/s that is 15
-//         TFLOP/s, a quarter of what an H100 has in fp32; with conversions, shuffles and loads of queries half of what
-//         it can issue. At G = 8 nine tenths. docs/performance.md
+// FLOPs   no tensor cores: 2 (2 G + 1) D per slot, at G = 4, D = 128 in bf16 4.3 per byte. At 3.35 TB/s that is 14
+//         TFLOP/s, a fifth of what an H100 has in fp32; with conversions, shuffles, loads of queries, 101
+//         instructions of a warp for each slot, two thirds of what it can issue. At G = 8, 160 of them: there an H200
+//         would have bandwidth to spare. docs/performance.md
 // Launch  256 threads, two blocks or so for every multiprocessor, at most 128 registers: 2 blocks per SM, occupancy 25 %
-//         (sm_80, 90, 100) or 33 % (sm_86, 89, 120), with 64 KB of keys in flight. Shared memory 4 (G + 1) per token of
+//         (sm_80, 90, 100) or 33 % (sm_86, 89, 120), with up to 64 KB of keys in flight. Shared memory 4 (G + 1) per token of
 //         the run and 8 to 20 KB. No host synchronisation. tests/python/test_registers.py holds the compiler to it
 // Order   by shapes and the device only: the same bits on every run. fp32, fp64 for fp64; not those of the CPU, but
 //         eviction scores are rounded as there, so equal numbers are equal there too

@@ -71,9 +71,9 @@ __device__ A sink_logit(const DecodeAttentionParams& p, int64_t head) {
 }
 
 // What each run's exponentials are multiplied with to be probabilities, and the probability of the entry.
-template <int kThreads, class T, class A, class Runs>
+template <int kThreads, class T, class A, class Runs, class Scales>
 __device__ void merge_softmax(const DecodeAttentionParams& p, const DecodeRow<T>& row, int runs, const Runs& memory_of,
-                              A* scales, A* shares) {
+                              const Scales& scales_of, A* shares) {
   const int group = static_cast<int>(p.group);
   for (int g = threadIdx.x; g < group; g += kThreads) {
     const A sink = p.sinks == nullptr ? A{0} : sink_logit<A>(p, row.h * group + g);
@@ -87,28 +87,28 @@ __device__ void merge_softmax(const DecodeAttentionParams& p, const DecodeRow<T>
     for (int run = 0; run < runs; ++run) {
       const DecodeRunMemory<A> memory = memory_of(run);
       const A scale = exponential(memory.maxima[g] - maximum);
-      scales[run * group + g] = scale;
+      scales_of(run)[g] = scale;
       sum += memory.sums[g] * scale;
     }
     if (p.sinks != nullptr) sum += exponential(sink - maximum);
     if (p.skipped_count != nullptr) sum += entry = exponential(entry_logit - maximum);
     const A one_over_sum = A{1} / sum;
-    for (int run = 0; run < runs; ++run) scales[run * group + g] *= one_over_sum;
+    for (int run = 0; run < runs; ++run) scales_of(run)[g] *= one_over_sum;
     shares[g] = entry * one_over_sum;
   }
 }
 
 // [G, Dv] of the row, and the share of the entry.
-template <int kThreads, class T, class A, class Runs>
+template <int kThreads, class T, class A, class Runs, class Scales>
 __device__ void write_output(const DecodeAttentionParams& p, const DecodeRow<T>& row, int runs, const Runs& memory_of,
-                             const A* scales, const A* shares, uint32_t rank, uint32_t blocks) {
+                             const Scales& scales_of, const A* shares, uint32_t rank, uint32_t blocks) {
   const int group = static_cast<int>(p.group), dim = static_cast<int>(p.values.dim);
   const int count = p.skipped_count == nullptr ? 0 : p.skipped_count[row.index];
   for (int i = static_cast<int>(rank) * kThreads + threadIdx.x; i < group * dim; i += blocks * kThreads) {
     const int g = i / dim;
     A sum = 0;
     for (int run = 0; run < runs; ++run) {
-      const A scale = scales[run * group + g];
+      const A scale = scales_of(run)[g];
       if (scale != 0) sum = multiply_add(scale, memory_of(run).outputs[i], sum);
     }
     if (count > 0) {
@@ -222,18 +222,21 @@ __device__ void finish_row(const DecodeAttentionParams& p, const DecodeLaunch& p
     const uint32_t peer = static_cast<uint32_t>(run);
     return DecodeRunMemory<A>(peer == rank ? mine : cluster_map(mine, peer), plan.run);
   };
-  A *const scales = shared + plan.shared.scales, *const shares = shared + plan.shared.shares;
+  const auto scales_of = [&](int run) {
+    return is_split ? memory_of(run).maxima : shared + plan.shared.scales + run * p.group;
+  };
+  A* const shares = shared + plan.shared.shares;
   read_new_token<kThreads>(p, row, token);
-  merge_softmax<kThreads>(p, row, runs, memory_of, scales, shares);
+  merge_softmax<kThreads>(p, row, runs, memory_of, scales_of, shares);
   __syncthreads();
-  write_output<kThreads>(p, row, runs, memory_of, scales, shares, rank, plan.cluster);
+  write_output<kThreads>(p, row, runs, memory_of, scales_of, shares, rank, plan.cluster);
 
   RowNews* const of_first = cluster_map(&news, 0);
   const EvictionRule rule(p, row, of_first->position);
   Candidate mine = nobody();
   for (int run = static_cast<int>(rank); run < (is_split ? runs : static_cast<int>(rank) + 1); ++run) {
     mine = least(mine, update_slots<kThreads>(p, plan, row, DecodeRun(plan, run, row.in_use), memory_of(run),
-                                              scales + run * p.group, rule, token.key_scale, &of_first->received));
+                                              scales_of(run), rule, token.key_scale, &of_first->received));
   }
   mine = block_least<kThreads>(mine);
   if (threadIdx.x == 0) of_first->least[rank] = mine;

@@ -24,7 +24,7 @@ struct DecodePlan {
 // part behind the other.
 struct DecodeRunLayout {
   int64_t outputs;       // [G, Dv]: sum of exponentials times values, at 0
-  int64_t maxima;        // [G]
+  int64_t maxima;        // [G]; of a split row, its scales once they are known
   int64_t sums;          // [G]: of the exponentials
   int64_t entry_logits;  // [G], of the first run: of the entry of the evicted
   int64_t logits;        // [G + 1, run_tokens]: of the queries, then exponentials; products with the new key
@@ -37,7 +37,7 @@ struct DecodeSharedLayout {
   int64_t row_stride;  // D in whole column blocks
   int64_t partials;    // [2, warps, columns of a block of values]
   int64_t warp_facts;  // [2, warps, G]: maxima and sums of the warps
-  int64_t scales;      // [runs, G]: what the exponentials of a run are multiplied with to be probabilities
+  int64_t scales;      // [cluster, G]: what the exponentials of a run are multiplied with to be probabilities
   int64_t shares;      // [G]: the probability of the entry
   int64_t run;         // a run, as above
   int64_t numbers;
@@ -99,7 +99,7 @@ inline DecodeSharedLayout shared_layout(const DecodeAttentionParams& params, con
   at.partials = (params.group + 1) * at.row_stride;
   at.warp_facts = at.partials + 2 * warps * value_columns;
   at.scales = at.warp_facts + 2 * warps * params.group;
-  at.shares = at.scales + runs_per_row(params, plan) * params.group;
+  at.shares = at.scales + plan.cluster * params.group;
   at.run = at.shares + params.group;
   at.numbers = at.run + run_layout(params, plan.run_tokens).numbers;
   return at;
@@ -149,7 +149,10 @@ inline DecodePlan plan_decode_attention(const DecodeAttentionParams& params, con
   const int64_t all_tokens = params.batch * tokens_per_batch_row(params);
   DecodePlan plan{.is_split = true, .run_tokens = std::max((all_tokens + wanted - 1) / wanted, kLeastTokens)};
   plan.run_tokens = std::min(plan.run_tokens, tokens);
-  while (plan.run_tokens > kLeastTokens && !fits(plan, half)) plan.run_tokens = (plan.run_tokens + 1) / 2;
+  const auto is_too_long = [&] {
+    return plan.run_tokens > kLeastTokens ? !fits(plan, half) : !fits(plan, device.shared_bytes_per_block);
+  };
+  while (plan.run_tokens > 1 && is_too_long()) plan.run_tokens = (plan.run_tokens + 1) / 2;
   return plan;
 }
 
