@@ -16,24 +16,19 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tile = blockIdx.x % tiles;
   const int64_t batch = row / static_cast<uint32_t>(params.heads);
   const int64_t head = row % static_cast<uint32_t>(params.heads);
-  const int64_t first = tile * (kThreads * kTokensPerThread) + threadIdx.x;
-  if (first >= params.tokens) return;
-  const int left = clamp_to_int(params.tokens - first);
+  const int64_t token = tile * kThreads + threadIdx.x;
+  if (token >= params.tokens) return;
 
-  float delta[kTokensPerThread];
-  sum_weights<Element, kThreads>(params, batch, head, first, params.tokens, delta);
+  float delta[1];
+  sum_weights<Element, kThreads>(params, batch, head, token, params.tokens, delta);
 
   const float carry = params.carry != nullptr ? __ldg(params.carry + batch * params.carry_stride) : 1;
-  float* const scores = params.scores + batch * params.score_batch_stride + head * params.score_head_stride;
-  FSDC_UNROLL
-  for (int i = 0; i < kTokensPerThread; ++i) {
-    if (i * kThreads >= left) break;
-    float* const score = scores + (first + i * kThreads) * params.score_token_stride;
-    if (params.overwrite) {
-      *score = delta[i];
-    } else if (is_finite(*score)) {
-      *score = add(multiply(carry, *score), delta[i]);
-    }
+  float& score = params.scores[batch * params.score_batch_stride + head * params.score_head_stride +
+                               token * params.score_token_stride];
+  if (params.overwrite) {
+    score = delta[0];
+  } else if (is_finite(score)) {
+    score = add(multiply(carry, score), delta[0]);
   }
 }
 
@@ -46,8 +41,7 @@ constexpr int kAccumulateScoresThreads = 128;  // per block, as shipped; tests r
 
 template <int kThreads>
 cudaError_t launch_accumulate_scores_kernel(const AccumulateScoresParams& params, cudaStream_t stream) {
-  constexpr int64_t kTileTokens = kThreads * kTokensPerThread;
-  const int64_t tiles = (params.tokens + kTileTokens - 1) / kTileTokens;
+  const int64_t tiles = (params.tokens + kThreads - 1) / kThreads;
   const int64_t blocks = params.batch * params.heads * tiles;
   if (blocks == 0) return cudaSuccess;
   if (blocks > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidValue;  // of a grid

@@ -13,6 +13,8 @@ GPU_ROWS = "fsdc_simt_plain: truncate: rows lie where the strides say"
 GPU_ALIGNMENT = "fsdc_simt_address: truncate: strides and alignment"
 GPU_SCORES = "fsdc_simt_plain: accumulate_scores: without query weights and carry, without queries, with other strides"
 GPU_SIZES = "fsdc_simt_plain: accumulate_scores: sizes and types"
+GPU_CHUNK = "fsdc_simt_plain: chunk_attention: options"
+GPU_BLOCKS = "fsdc_simt_plain: chunk_attention: blocks of any size"
 EVICTION = "tests/python/test_eviction.py::"
 STATE = "tests/python/test_layer_state.py::"
 MODES = "tests/python/test_modes.py::"
@@ -123,8 +125,8 @@ EDITS = [
     Edit(
         "scores are taken for contiguous",
         "kernels/cuda/accumulate_scores.cuh",
-        "(first + i * kThreads) * params.score_token_stride",
-        "(first + i * kThreads)",
+        "token * params.score_token_stride",
+        "token",
         (GPU_SCORES,),
     ),
     Edit(
@@ -158,15 +160,15 @@ EDITS = [
     Edit(
         "the weights of queries are taken for neighbours",
         "kernels/cuda/weight_sums.cuh",
-        "query * params.query_weight_query_stride",
-        "query",
+        "query_weight += params.query_weight_query_stride;",
+        "++query_weight;",
         (GPU_SCORES,),
     ),
     Edit(
         "a query of weight zero is added, NaN and all",
         "kernels/cuda/weight_sums.cuh",
-        "    if (query_weight == 0) continue;\n",
-        "",
+        "if (weight != 0) delta[i] = add(",
+        "delta[i] = add(",
         (GPU_SIZES,),
     ),
     Edit(
@@ -189,6 +191,76 @@ EDITS = [
         "lane_index() < warp_index() ? slot : 0",
         "lane_index() < min(warp_index(), 2) ? slot : 0",
         ("fsdc_simt_plain: truncate: every plan",),
+    ),
+    Edit(
+        "a threshold below 0 is looked for among the numbers above it",
+        "kernels/cuda/truncate/threshold.cuh",
+        "if (sign != 0 && last.digit == 0) {",
+        "if (false) {",
+        ("fsdc_simt_plain: truncate: hostile scores",),
+    ),
+    Edit(
+        "scores are read in wide accesses from wherever they begin",
+        "kernels/cuda/truncate/codes.cuh",
+        "(0 - reinterpret_cast<uintptr_t>(scores) / sizeof(float)) % kWide",
+        "0",
+        (GPU_ALIGNMENT,),
+    ),
+    Edit(
+        "votes change scores that are not finite",
+        "kernels/cuda/chunk_attention/votes.cuh",
+        "if (is_finite_score(score)) score =",
+        "score =",
+        (GPU_CHUNK,),
+    ),
+    Edit(
+        "scores are carried once for each block of queries",
+        "kernels/cuda/chunk_attention/votes.cuh",
+        "is_first && params.carry != nullptr",
+        "params.carry != nullptr",
+        (GPU_BLOCKS,),
+    ),
+    Edit(
+        "a query of weight zero votes, NaN and all",
+        "kernels/cuda/chunk_attention/votes.cuh",
+        "if (of_lane.vote != 0) sums[token]",
+        "sums[token]",
+        (GPU_CHUNK,),
+    ),
+    Edit(
+        "values of tokens that are not there are multiplied with zero",
+        "kernels/cuda/chunk_attention/vectors.cuh",
+        "is_there ? from[d] : nothing",
+        "from[d]",
+        (GPU_CHUNK,),
+    ),
+    Edit(
+        "a query sees the new token after it",
+        "kernels/cuda/chunk_attention/block.cuh",
+        "token - held <= query;",
+        "token - held <= query + 1;",
+        (GPU_CHUNK,),
+    ),
+    Edit(
+        "rows at uneven distances are multiplied as if they were even",
+        "kernels/cuda/chunk_attention/plan.h",
+        "params.head_layout != nullptr || uneven(params.keys) || uneven(params.values)",
+        "params.head_layout != nullptr",
+        (GPU_CHUNK,),
+    ),
+    Edit(
+        "a sum of exponentials is of another maximum than what is added to it",
+        "kernels/cuda/chunk_attention/softmax.cuh",
+        "    sum *= exponential(largest - from(raised));\n",
+        "",
+        ("fsdc_simt_plain: chunk_attention: sizes and types",),
+    ),
+    Edit(
+        "a key counts as newer than itself",
+        "kernels/cuda/chunk_attention/redundancy.cuh",
+        "first + token < newer",
+        "first + token <= newer",
+        (GPU_CHUNK,),
     ),
     # ---- argument rules ----------------------------------------------------------------------------------------------
     Edit(

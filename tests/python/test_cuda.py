@@ -2,6 +2,7 @@
 """What only a GPU can show: streams, graphs, devices, tensors beyond 2^31 elements. Skipped where there is none."""
 
 import pytest
+import test_chunk_attention as chunk
 import torch
 from inputs import assert_all_same_bits, rows
 
@@ -120,6 +121,65 @@ def test_offsets_beyond_32_bits():
     assert_is((out_values, indices), best[1:])
     for head in range(H):
         assert torch.equal(out_keys[0, head], keys[0, head].index_select(0, indices[0, head]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("options", chunk.OPTIONS.values(), ids=chunk.OPTIONS)
+@pytest.mark.parametrize("sizes", [dict(B=2, T=70, Q=33), dict(T=900, Q=600)], ids=["small", "blocks"])
+def test_chunk_attention_is_that_of_the_cpu(sizes, options, dtype):
+    """As far as rounding goes, with what tells the two apart beside it: the products are cuBLAS's."""
+    on_cpu = chunk.case(**sizes, D=32, Dv=48, dtype=dtype, **options)
+    on_gpu = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in on_cpu.items()}
+    expected, actual = chunk.chunk_attention_(**on_cpu), chunk.chunk_attention_(**on_gpu)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual.cpu(), expected, rtol=4 * unit, atol=4 * unit)
+    for name in ("facts", "lost"):
+        if name in on_cpu:
+            torch.testing.assert_close(on_gpu[name].cpu(), on_cpu[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunk_attention_of_heads_of_different_lengths(dtype):
+    on_cpu = chunk.case(H=3, G=2, T=90, Q=18, D=16, dtype=dtype)
+    held, first = (90, 0, 33), (0, 108, 126)
+    rows = [slice(90 - n, 108) for n in held]
+    for name in ("keys", "values"):
+        on_cpu[name] = torch.cat([on_cpu[name][:, h, at] for h, at in enumerate(rows)], dim=1)
+    on_cpu["facts"] = torch.cat([on_cpu["facts"][:, :, h, at] for h, at in enumerate(rows)], dim=2)
+    on_gpu = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in on_cpu.items()}
+    layout = torch.tensor(list(zip(first, held, strict=True)), dtype=torch.int32)
+    expected = chunk.chunk_attention_(**on_cpu, head_layout=layout)
+    actual = chunk.chunk_attention_(**on_gpu, head_layout=layout)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(actual.cpu(), expected, rtol=4 * unit, atol=4 * unit)
+    torch.testing.assert_close(on_gpu["facts"].cpu(), on_cpu["facts"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("garbage", [chunk.NAN, chunk.INF])
+def test_chunk_attention_reads_nothing_of_empty_slots(garbage):
+    on_cpu = chunk.with_holes(chunk.case(T=66, Q=20, D=16), 66, 3, 2, (0, 7, 64, 65), garbage)
+    on_gpu = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in on_cpu.items()}
+    expected, actual = chunk.chunk_attention_(**on_cpu), chunk.chunk_attention_(**on_gpu)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(on_gpu["facts"].cpu(), on_cpu["facts"], rtol=1e-5, atol=1e-5)
+
+
+def test_chunk_attention_repeats_its_bits_and_is_captured_in_a_graph():
+    arguments = {
+        name: x.cuda() if isinstance(x, torch.Tensor) else x
+        for name, x in chunk.case(T=500, Q=300, D=64, dtype=torch.bfloat16).items()
+    }
+    before = arguments["facts"].clone()
+    expected = [chunk.chunk_attention_(**arguments), arguments["facts"].clone()]
+    for _ in range(5):
+        arguments["facts"].copy_(before)
+        assert_all_same_bits([chunk.chunk_attention_(**arguments), arguments["facts"]], expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chunk.chunk_attention_(**arguments)
+    arguments["facts"].copy_(before)
+    graph.replay()
+    assert_all_same_bits([captured, arguments["facts"]], expected)
 
 
 def test_many_small_rows():

@@ -31,6 +31,14 @@ LIMITS = {
     "truncate_kernelILb1E": (ONE_BLOCK, 25 << 10),  # with an entry of the skipped tokens, from any source
     "accumulate_scores_kernel": (64, 0),
     "decode_attention_kernel": (128, 1 << 10),  # for 2 blocks of 256 threads
+    "softmax_kernel": (64, 128),
+    "vote_kernelId": (128, 4 << 10),  # of chunk_attention_, in fp64
+    "vote_kernel": (64, 2 << 10),
+    "raise_redundancy_kernel": (64, 4 << 10),
+    "lost_kernel": (64, 4 << 10),
+    "take_queries_kernel": (64, 0),
+    "take_values_kernel": (64, 0),
+    "write_outputs_kernel": (64, 0),
     "probe_kernel": (64, 0),  # does nothing (device.cu)
 }
 

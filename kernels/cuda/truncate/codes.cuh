@@ -11,8 +11,15 @@
 
 namespace fsdc::cuda {
 
+constexpr int kTokensPerThread = 4;  // whose weights one thread sums at a time
 constexpr int kBins = 1 << 11;
-constexpr int kFirstShift = 21;  // digits have 11, 11 and 10 bits, the highest first
+constexpr int kFirstShift = 20;
+constexpr uint32_t kNotNegative = 1u << 31;  // the code of +0, and of -0
+
+// Of codes from that of zero on; lower ones have digit 0 too (threshold.cuh).
+__device__ inline uint32_t first_digit(uint32_t code) {
+  return (max(code, kNotNegative) - kNotNegative) >> kFirstShift;
+}
 
 // Where a block finds the codes of its tokens.
 enum class CodeSource { kScoresStreamed, kScoresOnChip, kWeightSumsOnChip };
@@ -51,21 +58,37 @@ struct CodesOnChip {
 __device__ inline void bring_code(float score, int64_t token, uint32_t* codes, uint32_t* histogram) {
   const uint32_t code = score_code(__float_as_uint(score));
   codes[token] = code;
-  atomicAdd(&histogram[code >> kFirstShift], 1u);
+  atomicAdd(&histogram[first_digit(code)], 1u);
 }
 
 template <int kThreads>
 __device__ void bring_scores(const float* scores, const Team& team, uint32_t* codes, uint32_t* histogram) {
-  constexpr int kAhead = 8;  // loads of one thread in flight
-  for (int64_t first = threadIdx.x; first < team.tokens; first += kThreads * kAhead) {
-    const int left = clamp_to_int(team.tokens - first);
-    float loaded[kAhead];
-    FSDC_UNROLL
-    for (int i = 0; i < kAhead; ++i) loaded[i] = i * kThreads < left ? __ldg(scores + first + i * kThreads) : 0;
+  constexpr int kAhead = 4;  // loads of one thread in flight
+  constexpr int kWide = 4;   // scores of a load
+  // Before the first multiple of 16 bytes and after the last they come one by one.
+  const int64_t before = min(int64_t((0 - reinterpret_cast<uintptr_t>(scores) / sizeof(float)) % kWide), team.tokens);
+  const int64_t words = (team.tokens - before) / kWide;
+  for (int64_t first = threadIdx.x; first < words; first += kThreads * kAhead) {
+    const int left = clamp_to_int(words - first);
+    Access<16> loaded[kAhead];
     FSDC_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      if (i * kThreads < left) bring_code(loaded[i], first + i * kThreads, codes, histogram);
+      if (i * kThreads < left) {
+        loaded[i] = __ldg(reinterpret_cast<const Access<16>*>(scores + before) + first + i * kThreads);
+      }
     }
+    FSDC_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
+      if (i * kThreads >= left) break;
+      const Pack<float, kWide> pack = unpack<float, kWide>(loaded[i]);
+      const int64_t token = before + (first + i * kThreads) * kWide;
+      FSDC_UNROLL
+      for (int item = 0; item < kWide; ++item) bring_code(pack.items[item], token + item, codes, histogram);
+    }
+  }
+  for (int64_t i = threadIdx.x; i < team.tokens - words * kWide; i += kThreads) {
+    const int64_t token = i < before ? i : i + words * kWide;
+    bring_code(__ldg(scores + token), token, codes, histogram);
   }
 }
 

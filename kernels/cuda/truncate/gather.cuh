@@ -75,7 +75,8 @@ __device__ void gather_words(const RowCopy& keys, const RowCopy& values, const i
         char* const out = is_key ? keys.out : values.out;
         const uint32_t words = is_key ? of_key : width - of_key;
         const uint32_t word = is_key ? place.word : place.word - of_key;
-        reinterpret_cast<Word*>(out)[uint64_t{place.rank} * words + word] = loaded[i];
+        __stcs(reinterpret_cast<Word*>(out) + (uint64_t{place.rank} * words + word),
+               loaded[i]);  // nobody reads it soon
       }
       place.advance(step_ranks, step_words, width);
     }

@@ -16,9 +16,10 @@ struct Threshold {
   uint32_t skip;
 };
 
-// Counts the digits below `prefix` of this block's tokens. `histogram` may hold anything, and be read by nobody.
+// Counts the digits below `prefix` of this block's tokens, whose codes are taken from `floor`, lower ones as that.
+// `histogram` may hold anything, and be read by nobody.
 template <int kThreads, class Codes>
-__device__ void count_digits(const Codes& codes, const Team& team, uint32_t prefix, int shift, int bits,
+__device__ void count_digits(const Codes& codes, const Team& team, uint32_t floor, uint32_t prefix, int shift, int bits,
                              uint32_t* histogram) {
   constexpr int kAhead = 8;  // loads of one thread in flight
   for (int bin = static_cast<int>(threadIdx.x); bin < kBins; bin += kThreads) histogram[bin] = 0;
@@ -30,7 +31,7 @@ __device__ void count_digits(const Codes& codes, const Team& team, uint32_t pref
     for (int i = 0; i < kAhead; ++i) loaded[i] = i * kThreads < left ? codes(first + i * kThreads) : 0;
     FSDC_UNROLL
     for (int i = 0; i < kAhead; ++i) {
-      const uint32_t digits = loaded[i] >> shift;
+      const uint32_t digits = (max(loaded[i], floor) - floor) >> shift;
       const bool counts = i * kThreads < left && digits >> bits == prefix;
       if (counts) atomicAdd(&histogram[digits & ((1u << bits) - 1)], 1u);
     }
@@ -82,23 +83,34 @@ __device__ Bin find_bin(const uint32_t* totals, uint32_t kept) {
 
 // Among the tokens with the digits found so far, on to the next digit. Counts are integers: no order, so deterministic.
 // 1 <= kept < tokens of the row < 2^31. `histogram` holds the first digits where the codes are on chip.
+//
+// Scores are rarely negative, so digits are those of the others without their sign: 11, 10 and 10 bits, of which the
+// first has the exponent and 3 bits of the mantissa. Where the threshold is not above the smallest numbers, it is found
+// in the whole code: 11, 11 and 10 bits.
 template <int kThreads, class Codes>
 __device__ Threshold find_threshold(const Codes& codes, const Team& team, uint32_t kept, uint32_t* histogram) {
   FSDC_SHARED(totals, uint32_t[kBins]);
-  Threshold threshold{0, 32, 0};
-  for (int pass = 0; pass < 3; ++pass) {
-    const int bits = pass < 2 ? 11 : 10;
-    threshold.shift -= bits;
-    if (pass > 0 || !Codes::kFirstDigitIsCounted) {
-      count_digits<kThreads>(codes, team, threshold.prefix, threshold.shift, bits, histogram);
+  Threshold threshold{0, kFirstShift, 0};
+  uint32_t floor = kNotNegative;
+  int bits = 11;
+  for (bool is_counted = Codes::kFirstDigitIsCounted;; is_counted = false) {
+    if (!is_counted) {
+      count_digits<kThreads>(codes, team, floor, threshold.prefix, threshold.shift, bits, histogram);
     }
     const Bin last = find_bin<kThreads>(sum_over_team<kThreads>(team, histogram, totals), kept);
-    threshold.prefix = threshold.prefix << bits | last.digit;
+    const uint32_t sign = floor >> threshold.shift;
+    floor = 0;
+    if (sign != 0 && last.digit == 0) {
+      threshold.shift = 32 - bits;
+      continue;
+    }
+    threshold.prefix = threshold.prefix << bits | sign | last.digit;
     kept -= last.above;
     threshold.skip = last.count - kept;
-    if (threshold.skip == 0) break;  // all of this digit stay: the lower digits do not matter
+    if (threshold.skip == 0 || threshold.shift == 0) return threshold;  // all of this digit stay, or it is the last
+    bits = threshold.shift > kFirstShift ? 11 : 10;
+    threshold.shift -= bits;
   }
-  return threshold;
 }
 
 }  // namespace fsdc::cuda

@@ -39,8 +39,9 @@ def chunk_attention_(
     One pass over the logits gives output and votes: ``scores = carry * scores + sum over q of query_weights[q] * (sum
     over the group of the attention of q)``. A query of weight 0 attends but does not vote, and a score that is not
     finite stays as it is, as in :func:`accumulate_scores_`. Sums are float32 (float64 for float64) in an order that
-    depends on sizes only: the same bits on every run and for any number of threads. The specification is float64, and
-    the output is no further from it than that of PyTorch's own ``scaled_dot_product_attention``.
+    depends on sizes only: the same bits on every run and for any number of threads. On CUDA products are those of
+    ``torch.bmm``, with its settings, and repeat their bits as it does. The specification is float64, and the output is
+    no further from it than that of PyTorch's own ``scaled_dot_product_attention``.
 
     Args:
         query: ``[B, Hq, Q, D]`` in float32, float16, bfloat16 or float64, with a contiguous last dimension and any
