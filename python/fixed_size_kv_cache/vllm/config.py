@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model of ours asks of vLLM's configuration, and the settings that it carries."""
 
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from ..settings import FixedSizeCacheConfig, read_settings
@@ -16,9 +16,9 @@ class FixedSizeModelConfig(VerifyAndUpdateConfig):
 
     @classmethod
     def verify_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        chunk = read_chunk_size(vllm_config)
+        chunk, cache = read_chunk_size(vllm_config), vllm_config.cache_config
         refuse_surroundings(vllm_config, chunk)
-        cache = vllm_config.cache_config
+        vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         # What is evicted depends on where a prompt is cut, and the scheduler cuts by load. In this mode it cuts at
         # multiples of a block only, where the state is kept for prompts that begin alike.
         cache.enable_prefix_caching = True

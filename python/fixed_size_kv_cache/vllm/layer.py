@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention of a model, with a state of constant size in place of a cache that grows: to vLLM a Mamba layer."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
@@ -14,7 +12,9 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from ..layer.attention import LogitRule
 from .backend import FixedSizeBackend, Metadata
+from .blocks import StateSpec
 from .config import read_chunk_size, read_config
+from .refusals import refuse_memory
 from .state import RequestState, state_dtypes, state_shapes
 
 
@@ -36,11 +36,26 @@ class FixedSizeAttention(nn.Module, MambaBase):
 
     # ---- what vLLM asks ----------------------------------------------------------------------------------------------
 
-    def get_state_shape(self) -> Iterable[tuple[int, ...]]:
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         return state_shapes(self.settings, self.num_kv_heads, self.head_size, self.head_size_v)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         return state_dtypes(self.dtype)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> StateSpec:
+        cache = vllm_config.cache_config
+        return StateSpec(
+            shapes=self.get_state_shape(),
+            dtypes=self.get_state_dtype(),
+            block_size=cache.mamba_block_size,
+            mamba_type=self.mamba_type,
+            mamba_cache_mode=cache.mamba_cache_mode,
+        )
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Takes the memory of all states, of which a request has two where it goes on to another block."""
+        refuse_memory(kv_cache.shape[0], self.max_num_seqs)
+        super().bind_kv_cache(kv_cache)
 
     def get_attn_backend(self) -> type[FixedSizeBackend]:
         return FixedSizeBackend

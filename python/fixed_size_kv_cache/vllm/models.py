@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of vLLM with a cache of fixed size."""
 
-from .plugin import require_known
+# ruff: noqa: E402
+from vllm import __version__
 
-require_known()
+from .refusals import refuse_layer, refuse_version
 
-from vllm.config import VllmConfig  # noqa: E402
-from vllm.model_executor.layers.attention import Attention  # noqa: E402
-from vllm.model_executor.layers.mamba.mamba_utils import MambaCopySpec  # noqa: E402
-from vllm.model_executor.models.llama import LlamaForCausalLM  # noqa: E402
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM  # noqa: E402
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM  # noqa: E402
+refuse_version(__version__)  # before what may have moved is imported
 
-from .layer import FixedSizeAttention  # noqa: E402
-from .refusals import refuse_layer  # noqa: E402
-from .state import STATE  # noqa: E402
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.mamba.mamba_utils import MambaCopySpec
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from .layer import FixedSizeAttention
+from .state import STATE
 
 
 def replace_attention(model, vllm_config: VllmConfig) -> None:
@@ -22,7 +24,7 @@ def replace_attention(model, vllm_config: VllmConfig) -> None:
     layers = vllm_config.compilation_config.static_forward_context
     for name, module in list(model.named_modules()):
         if isinstance(module, Attention):
-            refuse_layer(name, module)
+            refuse_layer(name, module, vllm_config.model_config.dtype)
             parent, _, child = name.rpartition(".")
             ours = FixedSizeAttention(module, vllm_config)
             setattr(model.get_submodule(parent), child, ours)
