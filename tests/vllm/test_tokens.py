@@ -21,7 +21,7 @@ def test_load_does_not_change_what_is_evicted(stories):
     answers = {}
     for most, budget in [(1, 1024), (4, 64), (16, 64), (16, 1024)]:
         with capped(stories, 32, max_num_seqs=most, max_num_batched_tokens=budget) as llm:
-            answers[most, budget] = tokens(llm, prompts, 50)
+            answers[most, budget] = tokens(llm, prompts, 30)
     alone = answers.pop((1, 1024))
     assert len(prompts) == 16
     assert all(found == alone for found in answers.values())
@@ -29,10 +29,10 @@ def test_load_does_not_change_what_is_evicted(stories):
 
 def test_a_prompt_that_begins_like_another_goes_on_from_its_state(stories):
     (long,) = random_prompts([150])
-    prompts = [long, long, long[:100] + long[:30]]
+    prompts = [long, long, long[:140] + long[:30]]
     with capped(stories, 32) as llm:
         answers = [run(llm, [prompt], 40)[0] for prompt in prompts]
-    assert [answer.num_cached_tokens for answer in answers] == [0, 128, 96]
+    assert [answer.num_cached_tokens for answer in answers] == [0, 128, 128]
     found = [list(answer.outputs[0].token_ids) for answer in answers]
     assert found == expected_tokens(stories, prompts, 40, 32)
 
