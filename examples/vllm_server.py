@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve`` with a cache of fixed size, and one request to it: see docs/vllm.md.
+"""vLLM's OpenAI server with a cache of fixed size, and one request to it: see docs/vllm.md.
 
-python examples/vllm_server.py FOLDER_OR_NAME [options of vllm serve]
+python examples/vllm_server.py FOLDER_OR_NAME [options of the server]
 """
 
 import json
@@ -20,18 +20,24 @@ CACHE = {"cache_size": 256, "prefill_chunk_size": 256}
 def main(model: str, *options: str) -> None:
     (architecture,) = AutoConfig.from_pretrained(model).architectures
     overrides, additional = {"architectures": [f"FixedSize{architecture}"]}, {"fsdc": CACHE}
-    command = ["vllm", "serve", model, "--port", str(PORT), *options]
+    serve = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+    ]
+    command = [*serve, "--model", model, "--port", str(PORT), *options]
     command += ["--hf-overrides", json.dumps(overrides), "--additional-config", json.dumps(additional)]
     server = subprocess.Popen(command)
     try:
         while not is_ready():
             if server.poll() is not None:
-                raise SystemExit(f"vllm serve ended with {server.returncode}")
+                raise SystemExit(f"the server ended with {server.returncode}")
             time.sleep(1)
-        print(complete(model, "Once upon a time"))
+        text = complete(model, "Once upon a time")
     finally:
         server.terminate()
         server.wait()
+    print(text)
 
 
 def is_ready() -> bool:

@@ -110,7 +110,7 @@ def test_layers(different, message):
 
 
 def test_a_model_with_windows(tmp_path):
-    config = Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    config = Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=16, max_window_layers=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with (
         pytest.raises(ValueError, match="must be without a window; got one of 16"),
