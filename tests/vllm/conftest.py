@@ -21,7 +21,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 @pytest.fixture(scope="session")
 def stories(tmp_path_factory) -> Path:
-    """The model stories260K as a folder that vLLM loads."""
+    """The model stories260K, where it is, as a folder that vLLM loads."""
     import stories
 
     if not stories.FOLDER.exists():

@@ -42,7 +42,7 @@ def capped(folder: Path, cache_size: int, prefill_chunk_size: int = 32, **option
     )
 
 
-def random_prompts(lengths: list[int], vocabulary: int = 512, seed: int = 0) -> list[list[int]]:
+def random_prompts(lengths: list[int], vocabulary: int = 212, seed: int = 0) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [[1, *torch.randint(3, vocabulary, (n - 1,), generator=generator).tolist()] for n in lengths]
 

@@ -11,6 +11,7 @@ from engines import capped, random_prompts, tokens
 from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, Qwen2Config
 from vllm.engine.arg_utils import EngineArgs
 
+from fixed_size_kv_cache.recall import MODEL
 from fixed_size_kv_cache.vllm import refusals
 
 SIZES = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=128)
@@ -126,16 +127,16 @@ def test_other_versions(monkeypatch):
         refusals.refuse_version("0.12.0")
 
 
-def test_memory_in_which_a_request_might_lose_its_state(stories):
+def test_memory_in_which_a_request_might_lose_its_state():
     """Four requests need eight states and the one that is nobody's; with them no request is ever preempted."""
-    of_one = 5 * 4 * 33 * (8 + 8 + 5) * 4  # layers, KV heads, slots; keys, values, facts and position of four bytes
+    of_one = 2 * 2 * 33 * (32 + 32 + 5) * 4  # layers, KV heads, slots; keys, values, facts, position of four bytes each
     with (
         pytest.raises(ValueError, match="max_num_seqs must be at most 3, for there is memory for 8 states"),
-        capped(stories, 32, kv_cache_memory_bytes=8 * of_one),
+        capped(MODEL, 32, kv_cache_memory_bytes=8 * of_one),
     ):
         pass
     prompts = random_prompts([*range(20, 200, 15)])
-    with capped(stories, 32, kv_cache_memory_bytes=9 * of_one, disable_log_stats=False) as llm:
+    with capped(MODEL, 32, kv_cache_memory_bytes=9 * of_one, disable_log_stats=False) as llm:
         answers = tokens(llm, prompts, 100)
         preempted = [x.value for x in llm.get_metrics() if x.name == "vllm:num_preemptions"]
     assert preempted == [0]
