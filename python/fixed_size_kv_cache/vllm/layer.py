@@ -64,7 +64,7 @@ class FixedSizeAttention(nn.Module, MambaBase):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Of all tokens of a step, ``[tokens, heads * D]`` each."""
-        output = torch.empty_like(query[:, : self.num_heads * self.head_size_v])
+        output = query.new_empty(query.shape[0], self.num_heads * self.head_size_v)
         torch.ops.vllm.fixed_size_attention(query, key, value, output, self.layer_name)
         return output
 

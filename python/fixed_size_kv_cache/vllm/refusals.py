@@ -3,11 +3,9 @@
 
 from typing import Any
 
-from packaging.version import Version
-
 from ..settings import FixedSizeCacheConfig
 
-MINORS = ((0, 32),)  # of vLLM, with which all this was run; what it builds on moves from one to the next
+MINORS = ("0.32",)  # of vLLM, with which all this was run; what it builds on moves from one to the next
 MODEL_TYPES = {  # what can be in hf_overrides, and of which type the model must be
     "FixedSizeLlamaForCausalLM": "llama",
     "FixedSizeQwen2ForCausalLM": "qwen2",
@@ -16,14 +14,13 @@ MODEL_TYPES = {  # what can be in hf_overrides, and of which type the model must
 
 
 def is_known(version: str) -> bool:
-    return Version(version).release[:2] in MINORS
+    return ".".join(version.split(".")[:2]) in MINORS
 
 
 def refuse_version(version: str) -> None:
     """Raises ImportError for a vLLM that the plugin was never run with."""
     if not is_known(version):
-        known = " or ".join(f"{major}.{minor}" for major, minor in MINORS)
-        raise ImportError(f"fixed_size_kv_cache.vllm: vLLM must be {known}; got {version}")
+        raise ImportError(f"fixed_size_kv_cache.vllm: vLLM must be {' or '.join(MINORS)}; got {version}")
 
 
 def refuse_settings(settings: FixedSizeCacheConfig) -> None:
