@@ -291,9 +291,9 @@ def serving() -> str:
     return _table(head, rows, left=2) + (
         f"\n\n{result['requests']} requests at once, C = {result['cache_size']}, prompts read "
         f"{result['prefill_chunk_size']} tokens at a time; a random Llama of 12 layers, 8 heads on 2 KV heads of 64, "
-        f"in float32; medians of engines taking turns. {machine['processor']}, {machine['threads']} thread, torch "
-        f"{machine['torch']}. Requests of {result['longest_context']} tokens that fit into "
-        f"{result['memory_bytes'] >> 20} MiB, by vLLM's log: {fits}."
+        f"in float32; processor time, medians of {result['rounds']} rounds in which the engines take turns. "
+        f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}. Requests of "
+        f"{result['longest_context']} tokens that fit into {result['memory_bytes'] >> 20} MiB, by vLLM's log: {fits}."
     )
 
 
