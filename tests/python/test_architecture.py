@@ -98,6 +98,7 @@ def test_the_rooms_that_know_transformers():
     known = {module: {name.partition(".")[0] for name in find_imports(module)} for module in MODULES}
     assert set(re.findall(r"`(.+?)`", rooms)) == {room_of(x) for x, names in known.items() if "transformers" in names}
     assert {room_of(x) for x, names in known.items() if names & {"rich", "typer"}} == {"cli/"}
+    assert {room_of(x) for x, names in known.items() if "vllm" in names} == {"vllm/"}
 
 
 # ---- C++ and CUDA ----------------------------------------------------------------------------------------------------
