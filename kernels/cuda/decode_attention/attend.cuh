@@ -16,8 +16,8 @@ namespace fsdc::cuda {
 
 constexpr int kKeysAhead = 8;  // loads of one thread in flight: 64 KB for 512 threads
 
-// Each of `lanes` neighbours has a part of 4 sums. Lane i gets the sum number i / (lanes / 4): halves are exchanged while
-// there is more than one, so it takes 3 shuffles and some, not 4 for each.
+// Each of `lanes` neighbours has a part of 4 sums. Lane i gets the sum number i / (lanes / 4): halves are exchanged
+// while there is more than one, so it takes 3 shuffles and some, not 4 for each.
 template <class A>
 __device__ A sum_over_lanes(const A (&parts)[4], int lanes) {
   const bool is_upper = (lane_index() & (lanes / 2)) != 0, is_odd = (lane_index() & (lanes / 4)) != 0;
@@ -29,6 +29,7 @@ __device__ A sum_over_lanes(const A (&parts)[4], int lanes) {
   }
   const A sent = is_odd ? half[0] : half[1];
   A sum = (is_odd ? half[1] : half[0]) + __shfl_xor_sync(kWholeWarp, sent, lanes / 4);
+  FSDC_NO_UNROLL
   for (int distance = lanes / 8; distance > 0; distance /= 2) sum += __shfl_xor_sync(kWholeWarp, sum, distance);
   return sum;
 }
@@ -44,6 +45,7 @@ __device__ void prefetch_run(const DecodeAttentionParams& p, const DecodeRow<T>&
   }
   if (threadIdx.x * kNumbers < run.held) {
     const int64_t first = run.begin + threadIdx.x * kNumbers;
+    FSDC_NO_UNROLL
     for (int64_t plane = 0; plane < kFacts; ++plane) prefetch_line(row.facts + plane * p.fact_plane_stride + first);
     prefetch_line(row.positions + first);
   }
@@ -56,6 +58,7 @@ __device__ void fill_rows(const DecodeAttentionParams& p, const DecodeLaunch& pl
   const int stride = static_cast<int>(plan.shared.row_stride), dim = static_cast<int>(p.keys.dim);
   const int group = static_cast<int>(p.group), count = (group + 1) * stride;
   const A scaling = static_cast<A>(p.scaling);
+  FSDC_NO_UNROLL
   for (int start = threadIdx.x; start < count; start += kLoads * kThreads) {
     A loaded[kLoads];
     FSDC_UNROLL
@@ -83,9 +86,11 @@ __device__ void multiply_keys(const DecodeAttentionParams& p, const DecodeLaunch
   const bool has_sum = lane % (lanes / 4) == 0;
   const int stride = static_cast<int>(plan.shared.row_stride), run_tokens = static_cast<int>(plan.run_tokens);
   const int row_count = static_cast<int>(p.group) + (p.redundancy > 0 ? 1 : 0);
+  FSDC_NO_UNROLL
   for (int block = 0; block < stride; block += lanes * kPack) {
     const int column = block + lane * kPack;
     const bool is_column = column < p.keys.dim;
+    FSDC_NO_UNROLL
     for (int start = first; start - first < run.tokens; start += kKeysAhead * step) {
       Word keys[kKeysAhead];
       FSDC_UNROLL
@@ -138,8 +143,10 @@ __device__ bool exponentiate(const DecodeAttentionParams& p, const DecodeLaunch&
   const int32_t* const positions = row.positions + run.begin;
   const A softcap = static_cast<A>(p.softcap);
   bool has_hole = false;
+  FSDC_NO_UNROLL
   for (int g = 0; g < p.group; ++g) {
     A maximum = -kInfinity;
+    FSDC_NO_UNROLL
     for (int j = threadIdx.x; j < run.tokens; j += kThreads) {
       A* const logit = memory.logits + g * plan.run_tokens + j;
       const bool is_empty = j < run.held && positions[j] < 0;
@@ -158,10 +165,12 @@ __device__ bool exponentiate(const DecodeAttentionParams& p, const DecodeLaunch&
   __syncthreads();
   for (int warp = 0; warp < kWarps; ++warp) has_hole |= has_holes[warp];
 
+  FSDC_NO_UNROLL
   for (int g = 0; g < p.group; ++g) {
     A maximum = maxima[g], sum = 0;
     for (int warp = 1; warp < kWarps; ++warp) maximum = max(maximum, maxima[warp * p.group + g]);
     const A shift = maximum == -kInfinity ? A{0} : maximum;
+    FSDC_NO_UNROLL
     for (int j = threadIdx.x; j < run.tokens; j += kThreads) {
       A* const logit = memory.logits + g * plan.run_tokens + j;
       *logit = exponential(*logit - shift);
@@ -172,6 +181,7 @@ __device__ bool exponentiate(const DecodeAttentionParams& p, const DecodeLaunch&
     if (threadIdx.x == 0) memory.maxima[g] = maximum;
   }
   __syncthreads();
+  FSDC_NO_UNROLL
   for (int g = threadIdx.x; g < p.group; g += kThreads) {
     A sum = 0;
     for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp * p.group + g];
@@ -194,9 +204,11 @@ __device__ void add_values(const DecodeAttentionParams& p, const DecodeLaunch& p
   const T* const of_run = row.values + run.begin * p.values.slot_stride;
   const int32_t* const positions = row.positions + run.begin;
   int part = 0;  // where in `partials` [warps, width] begins, in turns with the one behind it
+  FSDC_NO_UNROLL
   for (int head = 0; head < group; head += kHeads) {
     const A* const weights = memory.logits + head * run_tokens;
     const int last = group - 1 - head;  // beyond, its sums once more, which nobody reads
+    FSDC_NO_UNROLL
     for (int block = 0; block < dim; block += width) {
       const int column = min(block + lane * kPack, dim - kPack);  // beyond, sums that nobody reads
       A sums[kHeads][kPack] = {};
@@ -226,6 +238,7 @@ __device__ void add_values(const DecodeAttentionParams& p, const DecodeLaunch& p
       int start = first;
       for (; start + (kAhead - 1) * step < run.held; start += kAhead * step) add(start, std::true_type{});
       if (start < run.held) add(start, std::false_type{});
+      FSDC_NO_UNROLL
       for (int distance = lanes; distance < kWarpThreads; distance *= 2) {
         FSDC_UNROLL
         for (int i = 0; i < kHeads * kPack; ++i) {
@@ -263,8 +276,10 @@ __device__ void multiply_entry(const DecodeAttentionParams& p, const DecodeLaunc
   const A share = p.skipped_mean && count > 0 ? A{1} / static_cast<A>(count) : A{1};
   const A softcap = static_cast<A>(p.softcap);
   const A bias = p.skipped_mean ? logarithm(static_cast<A>(count)) : A{0};
+  FSDC_NO_UNROLL
   for (int g = warp_index(); g < p.group; g += kThreads / kWarpThreads) {
     A logit = 0;
+    FSDC_NO_UNROLL
     for (int d = lane_index(); d < p.keys.dim; d += kWarpThreads) {
       logit = multiply_add(rows[g * plan.shared.row_stride + d], key[d] * share, logit);
     }

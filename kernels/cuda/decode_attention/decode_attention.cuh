@@ -30,6 +30,7 @@ __device__ inline DecodePlace place_of(const DecodeAttentionParams& p, const Dec
   const int64_t batch = blockIdx.x / per_batch_row;
   const int64_t wanted = blockIdx.x % per_batch_row;  // a head, or a run
   int64_t first_run = 0;
+  FSDC_NO_UNROLL
   for (int64_t head = 0; head < p.heads; ++head) {
     const int64_t runs = runs_of_head(p, plan, head);
     const int64_t run = finishes ? 0 : wanted - first_run;
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (plan.phase == DecodePhase::kAttend) {
     __syncthreads();
     A* const to = scratch + place.run * plan.run.numbers;
+    FSDC_NO_UNROLL
     for (int64_t i = threadIdx.x; i < plan.run.numbers; i += kThreads) to[i] = shared[plan.shared.run + i];
     return;
   }
@@ -120,8 +122,10 @@ cudaError_t launch_decode_attention_kernel(const DecodeAttentionParams& params, 
     using Element = typename decltype(element)::type;
     constexpr int kPack = 16 / sizeof(Element);
     auto* kernel = decode_attention_kernel<Element, 1, 4, kThreads>;
-    if (pack == kPack) kernel = decode_attention_kernel<Element, kPack, 4, kThreads>;
-    if (pack == kPack && params.group > 4) kernel = decode_attention_kernel<Element, kPack, 8, kThreads>;
+    if constexpr (sizeof(Element) < 8) {  // fp64 is for comparison
+      if (pack == kPack) kernel = decode_attention_kernel<Element, kPack, 4, kThreads>;
+      if (pack == kPack && params.group > 4) kernel = decode_attention_kernel<Element, kPack, 8, kThreads>;
+    }
     const cudaError_t error = launch(kernel, grid, stream, params, launched);
     if (error != cudaSuccess || !plan.is_split) return error;
     launched.phase = DecodePhase::kFinish;

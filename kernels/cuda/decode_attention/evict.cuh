@@ -9,8 +9,8 @@
 
 namespace fsdc::cuda {
 
-// A token that may go. The one with the least code does: empty slots, finite eviction scores, NaN, +inf; of equal scores
-// the smaller position. Of empty slots, which have position -1, the first.
+// A token that may go. The one with the least code does: empty slots, finite eviction scores, NaN, +inf; of equal
+// scores the smaller position. Of empty slots, which have position -1, the first.
 struct Candidate {
   uint64_t code;
   int32_t slot;
@@ -59,6 +59,7 @@ __device__ Candidate block_least(Candidate candidate) {
   if (lane_index() == 0) of_warps[warp_index()] = candidate;
   __syncthreads();
   if (threadIdx.x == 0) {
+    FSDC_NO_UNROLL
     for (int warp = 1; warp < kWarps; ++warp) candidate = least(candidate, of_warps[warp]);
   }
   return candidate;

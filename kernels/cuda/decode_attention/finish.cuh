@@ -29,6 +29,7 @@ template <int kThreads, class T>
 __device__ void read_new_token(const DecodeAttentionParams& p, const DecodeRow<T>& row, NewToken& token) {
   const auto norm_of = [](const T* vector, int64_t dim) {
     Accumulator<T> sum = 0;
+    FSDC_NO_UNROLL
     for (int64_t d = lane_index(); d < dim; d += kWarpThreads) {
       sum = multiply_add(widen(vector[d]), widen(vector[d]), sum);
     }
@@ -75,15 +76,18 @@ template <int kThreads, class T, class A, class Runs, class Scales>
 __device__ void merge_softmax(const DecodeAttentionParams& p, const DecodeRow<T>& row, int runs, const Runs& memory_of,
                               const Scales& scales_of, A* shares) {
   const int group = static_cast<int>(p.group);
+  FSDC_NO_UNROLL
   for (int g = threadIdx.x; g < group; g += kThreads) {
     const A sink = p.sinks == nullptr ? A{0} : sink_logit<A>(p, row.h * group + g);
     A maximum = memory_of(0).maxima[g], entry = 0, entry_logit = 0, sum = 0;
+    FSDC_NO_UNROLL
     for (int run = 1; run < runs; ++run) maximum = max(maximum, memory_of(run).maxima[g]);
     if (p.sinks != nullptr) maximum = max(maximum, sink);
     if (p.skipped_count != nullptr) {
       entry_logit = memory_of(0).entry_logits[g];
       maximum = max(maximum, entry_logit);
     }
+    FSDC_NO_UNROLL
     for (int run = 0; run < runs; ++run) {
       const DecodeRunMemory<A> memory = memory_of(run);
       const A scale = exponential(memory.maxima[g] - maximum);
@@ -93,6 +97,7 @@ __device__ void merge_softmax(const DecodeAttentionParams& p, const DecodeRow<T>
     if (p.sinks != nullptr) sum += exponential(sink - maximum);
     if (p.skipped_count != nullptr) sum += entry = exponential(entry_logit - maximum);
     const A one_over_sum = A{1} / sum;
+    FSDC_NO_UNROLL
     for (int run = 0; run < runs; ++run) scales_of(run)[g] *= one_over_sum;
     shares[g] = entry * one_over_sum;
   }
@@ -104,9 +109,11 @@ __device__ void write_output(const DecodeAttentionParams& p, const DecodeRow<T>&
                              const Scales& scales_of, const A* shares, uint32_t rank, uint32_t blocks) {
   const int group = static_cast<int>(p.group), dim = static_cast<int>(p.values.dim);
   const int count = p.skipped_count == nullptr ? 0 : p.skipped_count[row.index];
+  FSDC_NO_UNROLL
   for (int i = static_cast<int>(rank) * kThreads + threadIdx.x; i < group * dim; i += blocks * kThreads) {
     const int g = i / dim;
     A sum = 0;
+    FSDC_NO_UNROLL
     for (int run = 0; run < runs; ++run) {
       const A scale = scales_of(run)[g];
       if (scale != 0) sum = multiply_add(scale, memory_of(run).outputs[i], sum);
@@ -119,6 +126,7 @@ __device__ void write_output(const DecodeAttentionParams& p, const DecodeRow<T>&
   }
   if (p.lost != nullptr && rank == 0 && threadIdx.x == 0) {
     A lost = 0;
+    FSDC_NO_UNROLL
     for (int g = 0; g < group; ++g) lost += shares[g];
     p.lost[row.index] = static_cast<float>(lost / static_cast<A>(group));
   }
@@ -131,8 +139,10 @@ __device__ Candidate update_slots(const DecodeAttentionParams& p, const DecodeLa
                                   const EvictionRule& rule, float key_scale, float* new_received) {
   const int group = static_cast<int>(p.group);
   Candidate mine = nobody();
+  FSDC_NO_UNROLL
   for (int j = threadIdx.x; j < run.tokens; j += kThreads) {
     float received = 0;
+    FSDC_NO_UNROLL
     for (int g = 0; g < group; ++g) {
       received = add(received, static_cast<float>(memory.logits[g * plan.run_tokens + j] * scales[g]));
     }
@@ -174,6 +184,7 @@ __device__ void put_new_token(const DecodeAttentionParams& p, const DecodeRow<T>
   int64_t slot = row.in_use;
   if (row.in_use == row.slots) {
     Candidate goes = rule.candidate(score, token.weight, 0.0f, news.position, row.slots);
+    FSDC_NO_UNROLL
     for (uint32_t block = 0; block < blocks; ++block) goes = least(goes, news.least[block]);
     slot = goes.slot;
     const bool is_token = static_cast<int32_t>(goes.code) >= 0;  // its position
@@ -182,14 +193,18 @@ __device__ void put_new_token(const DecodeAttentionParams& p, const DecodeRow<T>
       const T* const value = slot == row.slots ? row.new_value : row.values + slot * p.values.slot_stride;
       A* const keys = static_cast<A*>(p.skipped_keys) + row.index * p.keys.dim;
       A* const values = static_cast<A*>(p.skipped_values) + row.index * p.values.dim;
+      FSDC_NO_UNROLL
       for (int64_t d = threadIdx.x; d < p.keys.dim; d += kThreads) keys[d] = add(keys[d], widen(key[d]));
+      FSDC_NO_UNROLL
       for (int64_t d = threadIdx.x; d < p.values.dim; d += kThreads) values[d] = add(values[d], widen(value[d]));
       if (threadIdx.x == 0) p.skipped_count[row.index] += 1;
     }
     if (slot == row.slots) return;
   }
   // Each thread overwrites what it has added itself.
+  FSDC_NO_UNROLL
   for (int64_t d = threadIdx.x; d < p.keys.dim; d += kThreads) row.keys[slot * p.keys.slot_stride + d] = row.new_key[d];
+  FSDC_NO_UNROLL
   for (int64_t d = threadIdx.x; d < p.values.dim; d += kThreads) {
     row.values[slot * p.values.slot_stride + d] = row.new_value[d];
   }
@@ -206,6 +221,7 @@ __device__ void put_new_token(const DecodeAttentionParams& p, const DecodeRow<T>
 // Padding attends to nothing.
 template <int kThreads, class T>
 __device__ void write_zeros(const DecodeAttentionParams& p, const DecodeRow<T>& row) {
+  FSDC_NO_UNROLL
   for (int i = threadIdx.x; i < p.group * p.values.dim; i += kThreads) narrow(Accumulator<T>{0}, row.output[i]);
 }
 
@@ -234,6 +250,7 @@ __device__ void finish_row(const DecodeAttentionParams& p, const DecodeLaunch& p
   RowNews* const of_first = cluster_map(&news, 0);
   const EvictionRule rule(p, row, of_first->position);
   Candidate mine = nobody();
+  FSDC_NO_UNROLL
   for (int run = static_cast<int>(rank); run < (is_split ? runs : static_cast<int>(rank) + 1); ++run) {
     mine = least(mine, update_slots<kThreads>(p, plan, row, DecodeRun(plan, run, row.in_use), memory_of(run),
                                               scales_of(run), rule, token.key_scale, &of_first->received));

@@ -49,9 +49,10 @@ inline int lanes_of(int64_t dim, int pack) {
   return static_cast<int>(std::bit_ceil(static_cast<uint64_t>(packs)));
 }
 
-// Elements of an access of 16 bytes, or of 1 where that is not aligned.
+// Elements of an access of 16 bytes, or 1 where that is not aligned, and in fp64.
 inline int pack_of(const DecodeAttentionParams& params) {
   const int64_t bytes = element_size(params.dtype);
+  if (params.dtype == DType::kFloat64) return 1;
   uint64_t bits = 0;
   for (const SlotRows& rows : {params.keys, params.values}) {
     bits |= reinterpret_cast<uintptr_t>(rows.data);

@@ -81,7 +81,7 @@ __device__ inline int64_t runs_of_head(const DecodeAttentionParams& p, const Dec
   return (min(p.length, slots) + plan.run_tokens) / plan.run_tokens;  // of in_use + 1 tokens
 }
 
-// `tokens` tokens from `begin` on, of which the first `held` lie in slots; the one behind these, if any, is the new one.
+// `tokens` tokens from `begin` on, of which the first `held` lie in slots; one behind these, if any, is the new one.
 struct DecodeRun {
   __device__ DecodeRun(const DecodeLaunch& plan, int64_t run, int64_t in_use)
       : begin(min(run * plan.run_tokens, in_use + 1)) {
