@@ -33,12 +33,12 @@ def run(*arguments):
 def test_dry_run_shows_every_part(script):
     ran = run("--dry-run")
     assert ran.returncode == 0
-    for name in script.parts("9.0", None):
+    for name in script.parts("9.0"):
         assert f"{name}: " in ran.stdout
 
 
 def test_every_file_of_the_commands_exists(script):
-    for part in script.parts("9.0", None).values():
+    for part in script.parts("9.0").values():
         for command in part.commands:
             for word in command:
                 if word.endswith(".py") and not word.startswith("-"):
@@ -49,7 +49,7 @@ def test_files_with_tests_that_need_a_gpu_are_run_whole(script):
     folder = Path(__file__).parent
     skipped = re.compile(r"^(@|pytestmark = )pytest\.mark\.skipif\(not torch\.cuda\.is_available", re.MULTILINE)
     needing = {file.name for file in folder.glob("test_*.py") if skipped.search(file.read_text())}
-    commands = [command for part in script.parts("9.0", None).values() for command in part.commands]
+    commands = [command for part in script.parts("9.0").values() for command in part.commands]
     whole = {Path(word).name for command in commands if "-k" not in command for word in command}
     assert needing and needing <= whole
 
@@ -151,7 +151,7 @@ def test_the_result_is_written_after_every_part(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["run", "--json", str(path)])
     assert script.main() == 0
-    names = list(script.parts("9.0", None))
+    names = list(script.parts("9.0"))
     assert seen == [names[:i] for i in range(len(names))]
     assert list(json.loads(path.read_text())["parts"]) == names
 
@@ -165,3 +165,76 @@ def test_dry_run_without_torch_or_programs():
     assert ran.returncode == 0 and "Traceback" not in ran.stderr
     assert "has no torch" in ran.stderr
     assert "cmake, Catch2 not found" in ran.stdout or "cmake not found" in ran.stdout
+    assert ran.stdout.startswith("kernels will be skipped: ")  # before all commands
+
+
+def test_carried_programs_are_run_and_not_built(script, tmp_path):
+    parts = script.parts("9.0", carried=str(tmp_path))
+    for name, program in (("kernels", "fsdc_cuda_tests"), ("kernel_benchmarks", "bench_cuda")):
+        assert parts[name].commands[-1][0] == str(tmp_path / program)
+        assert len(parts[name].commands) == 1 and not parts[name].needs
+    ran = run("--dry-run", "--carried", str(tmp_path))
+    assert ran.returncode == 2 and "must be a folder that tests/gpu/pack has filled" in ran.stderr
+    (tmp_path / "packed.json").write_text("{}")
+    assert run("--dry-run", "--carried", str(tmp_path)).returncode == 0
+
+
+def test_no_command_may_take_longer_than_a_call(script):
+    for name, part in script.parts("9.0").items():
+        assert part.seconds <= 540, name
+
+
+def test_what_ncu_writes(script, tmp_path):
+    report = tmp_path / "report.csv"
+    report.write_text(
+        "==PROF== Connected to process 7\n"
+        '"ID","Kernel Name","Block Size","Grid Size","Section Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","truncate_kernel","(512, 1, 1)","(8, 8, 1)","Launch Statistics","Registers Per Thread","","64"\n'
+        '"0","truncate_kernel","(512, 1, 1)","(8, 8, 1)","Occupancy","Theoretical Occupancy","%","50"\n'
+        '"1","decode_kernel","(128, 1, 1)","(16, 8, 1)","Launch Statistics","Cluster Size","","16"\n'
+    )
+    assert script.figures_of(report) == [
+        {
+            "kernel": "truncate_kernel",
+            "grid": "(8, 8, 1)",
+            "block": "(512, 1, 1)",
+            "Registers Per Thread": "64",
+            "Theoretical Occupancy": "50 %",
+        },
+        {"kernel": "decode_kernel", "grid": "(16, 8, 1)", "block": "(128, 1, 1)", "Cluster Size": "16"},
+    ]
+    report.write_text("==ERROR== no permission to read the counters\n")
+    with pytest.raises(ValueError, match="no permission"):
+        script.figures_of(report)
+
+
+def test_clocks_are_sampled_while_a_command_runs(script, tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nfor mhz in 345 1980 1755; do echo $mhz, 3201, 98.5; done\nexec sleep 60\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    result = tmp_path / "figures.json"
+    code = f"import time; time.sleep(1); open({str(result)!r}, 'w').write('[7]')"
+    entry = script.run_part(script.Part([[sys.executable, "-c", code]], 60, result=result), None)
+    assert entry["clocks_under_load"] == {
+        "sm_clock_mhz": [345, 1755, 1980],
+        "memory_clock_mhz": [3201] * 3,
+        "power_w": [98.5] * 3,
+    }
+
+
+def test_parts_of_an_earlier_run_stay(script, tmp_path, monkeypatch):
+    path, machine = tmp_path / "gpu.json", {"gpu": "a GPU", "compute_capability": "9.0", "commit": "abc"}
+    monkeypatch.setattr(script, "gpu", lambda: machine)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    for name, status in (("build", "passed"), ("cache", "passed"), ("build", "skipped")):
+        monkeypatch.setattr(script, "run_part", lambda *_, name=name, status=status: {"status": status, "of": name})
+        monkeypatch.setattr(sys, "argv", ["run", name, "--json", str(path)])
+        assert script.main() == 0
+    assert json.loads(path.read_text())["parts"] == {
+        "build": {"status": "passed", "of": "build"},
+        "cache": {"status": "passed", "of": "cache"},
+    }
+    machine["commit"] = "def"  # other sources: nothing of before is of these
+    assert script.main() == 0
+    assert list(json.loads(path.read_text())["parts"]) == ["build"]

@@ -36,7 +36,7 @@
 //         else cudaErrorMisalignedAddress
 // Tested  tests/cuda, on the CPU thread by thread (docs/cuda_without_gpu.md), every path and cluster size; compiled for
 //         every architecture. Not timed on a device yet: the limits in plan.h and the number of loads ahead wait for
-//         that. To be timed by benchmarks/cuda/bench_truncate.cpp and benchmarks/python/bench_truncate_cuda.py
+//         that. To be timed by benchmarks/cuda/bench_truncate.cpp and benchmarks/python/bench_cuda.py
 #include "kernels/cuda/launch.h"
 #include "truncate.cuh"
 
