@@ -72,6 +72,8 @@ inline ChunkArguments<Bytes> arguments_of(const ChunkCase& which) {
                              .output = Bytes(size_t(lanes * which.value_dim * element_size(which.dtype)), 0x11)};
   std::vector<float> facts(size_t(4 * tokens), 0.25f);
   std::iota(facts.begin(), facts.begin() + tokens, 0.0f);
+  std::fill(facts.begin() + kRedundancyPlane * tokens, facts.begin() + (kRedundancyPlane + 1) * tokens, 0.05f);
+  std::fill(facts.begin() + kKeyScalePlane * tokens, facts.end(), 0.5f);
   const float special[] = {kInf, -kInf, kNaN};
   for (size_t i = 0; i < 3 && int64_t(i) < tokens; ++i) facts[i * 7 % size_t(tokens)] = special[i];
   made.facts = to_bytes(facts);
@@ -89,6 +91,7 @@ inline ChunkArguments<Bytes> arguments_of(const ChunkCase& which) {
     }
   }
   made.positions = to_bytes(positions);
+  if (B > 0) std::memset(made.carry.data(), 0, sizeof(float));  // as it becomes in a long chunk
   if (which.weighs_queries) {  // the second query of the first batch row
     std::memset(made.query_weights.data() + (which.queries > 1 ? sizeof(float) : 0), 0, sizeof(float));
     const int64_t size = element_size(which.dtype), query = std::min<int64_t>(1, which.queries - 1);
