@@ -204,7 +204,9 @@ def test_profiles_that_do_not_fit():
         enable(model, 12, head_profile=HeadProfile("other", 1, "0" * 16, ERRORS))
     with pytest.raises(ValueError, match="enable: cache_size must be one number, the average, where a head_profile"):
         enable(model, SIZES, head_profile=profile)
-    with pytest.raises(TypeError, match="enable: head_profile must be a HeadProfile or the path of one; got dict"):
+    with pytest.raises(
+        TypeError, match="enable: head_profile must be a HeadProfile, the path of one, or True; got dict"
+    ):
         enable(model, 12, head_profile={"output_error": ERRORS})
     with pytest.raises(ValueError, match="head_budgets: floor must be from 0 to 1; got 2"):
         enable(model, 12, head_profile=profile, head_floor=2)
