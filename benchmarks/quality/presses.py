@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judges kvpress's rules as real_model.py judges ours: the same model, texts, questions and slots, after a prompt.
 
-    pip install "transformers<5.3" kvpress gguf accelerate  # in an environment of its own: it takes no newer transformers
+    pip install "transformers<5.3" kvpress gguf accelerate  # in an environment of its own
     python benchmarks/quality/small_llama.py TOKENIZER  # in ours: older transformers make another one of the GGUF file
     python benchmarks/quality/presses.py --texts FOLDER --tokenizer TOKENIZER --json benchmarks/results/presses.json
 
@@ -70,7 +70,9 @@ def ask(model: Any, cache: DynamicCache, passage: Passage) -> tuple[Tensor, int,
     return read(model, passage.continuation, copy.deepcopy(cache), seen), right, sum(said) / len(said)
 
 
-def measured(model: Any, passage: Passage, tried: list[tuple[str, int]]) -> Iterator[tuple[dict, int | None, float, dict]]:
+def measured(
+    model: Any, passage: Passage, tried: list[tuple[str, int]]
+) -> Iterator[tuple[dict, int | None, int, dict]]:
     """Rule, size, slots and figures of the full cache and of all that is tried."""
     full: Tensor | None = None
     ids = passage.turns[0]

@@ -52,9 +52,7 @@ def cells(rules: Iterable[Rule], sizes: Sequence[int]) -> list[Cell]:
 
 
 TRIED = {
-    "prompt": cells(MAIN, (64, 128, 256, 512))
-    + cells(MORE, (128, 256))
-    + cells(SHARES, (256,)),
+    "prompt": cells(MAIN, (64, 128, 256, 512)) + cells(MORE, (128, 256)) + cells(SHARES, (256,)),
     "long": cells(FEW, (256, 512)),
     "dialogue": cells(FEW, (256,)),
     "stream": cells([rule for rule in MAIN if rule.name != "random"], (128,)),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The file of what was measured on a real model: a row for each measure, rule and size, with the figures of each text."""
+"""The file of what was measured on a real model: a row for each measure, rule and size, with figures of each text."""
 
 import fcntl
 import json
@@ -47,11 +47,10 @@ class Results:
             file.seek(0)
             text = file.read()
             before = json.loads(text) if text else {"rows": []}
-            rows = {_key(row): row for row in before["rows"]} | {key: row for key, row in self.rows.items() if key in self.changed}
-            head = {**self.head}
-            if "profiles" in head:
-                head["profiles"] = {**before.get("profiles", {}), **head["profiles"]}
-            said = json.dumps({**head, "rows": []})
+            ours = {key: row for key, row in self.rows.items() if key in self.changed}
+            rows = {_key(row): row for row in before["rows"]} | ours
+            profiles = {**before.get("profiles", {}), **self.head.get("profiles", {})}
+            said = json.dumps({**self.head, **({"profiles": profiles} if profiles else {}), "rows": []})
             lines = ",\n".join(json.dumps(row) for row in rows.values())
             file.truncate(0)
             file.write(said[: -len("[]}")] + f"[\n{lines}\n]}}\n")
