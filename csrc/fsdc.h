@@ -58,7 +58,7 @@ struct Slots {
 
 // Which token goes, see docs/eviction.md.
 struct EvictionRule {
-  double decay = 1, prior = 0.05, redundancy = 0.95;
+  double decay = 1, prior = 0.02, redundancy = 0.95;
   bool value_weight = true;
   int64_t sink_tokens = 0, recent_tokens = 0;
 };

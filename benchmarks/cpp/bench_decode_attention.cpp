@@ -93,7 +93,7 @@ struct Cache {
             .sinks = nullptr,
             .sinks_dtype = dtype,
             .decay = 0.99f,
-            .prior = 0.05f,
+            .prior = 0.02f,
             .value_weight = true,
             .redundancy = 0.95f,
             .skipped_keys = nullptr,

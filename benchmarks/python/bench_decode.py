@@ -30,7 +30,7 @@ ORIGINAL, DYNAMIC, STATIC, FLEX = (
     "static slots + sdpa",
     "flex attention",
 )
-RULE = dict(decay=0.99, prior=0.05, redundancy=0.95, value_weight=True, sink_tokens=4)
+RULE = dict(decay=0.99, prior=0.02, redundancy=0.95, value_weight=True, sink_tokens=4)
 SHAPES = {"H=8 G=4 D=128": (8, 4, 128), "H=3 G=3 D=64": (3, 3, 64)}
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL = "1 thread, B=1 H=4 G=2 D=8 C=256, fp32"

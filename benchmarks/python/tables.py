@@ -8,6 +8,8 @@ A block between ``<!-- figures NAME: ... -->`` and ``<!-- end of figures -->`` i
 
 import json
 import re
+from collections.abc import Container
+from math import prod
 from pathlib import Path
 from statistics import fmean
 
@@ -68,8 +70,9 @@ def generate() -> str:
     return _table(head, rows) + f"\n\nMedians of both taking turns; {where}."
 
 
-DEFAULT = "gamma = 1 - 4/C, p = 0.05, rho = 0.95"  # names of benchmarks/quality/real_rules.py
+DEFAULT = "gamma = 1 - 4/C, p = 0.02, rho = 0.95"  # names of benchmarks/quality/real_rules.py
 PLAIN = "gamma = 1 - 2/C, p = 0, rho = 0"
+LARGER_PRIOR = "gamma = 1 - 4/C, p = 0.05, rho = 0.95"
 UNEQUAL = "unequal, floor C/4: "
 REAL = {  # and what the tables call them
     "full cache": "full cache",
@@ -79,12 +82,15 @@ REAL = {  # and what the tables call them
     "random": "random, C/2 recent",
 }
 BY_PROFILE = {
-    PLAIN: "heads of one size",
+    DEFAULT: "heads of one size",
     "equal in a layer, layers as PyramidKV guesses": "layers as PyramidKV guesses",
     "equal in a layer, layers by the profile": "layers by the profile, heads of a layer equal",
-    "unequal, floor C/2: " + PLAIN: "heads by the profile, at least C/2",
-    UNEQUAL + PLAIN: "heads by the profile, at least C/4",
-    "unequal, floor C/8: " + PLAIN: "heads by the profile, at least C/8",
+    "unequal, floor C/2: " + DEFAULT: "heads by the profile, at least C/2",
+    UNEQUAL + DEFAULT: "**heads by the profile, at least C/4**",
+    "unequal, floor C/8: " + DEFAULT: "heads by the profile, at least C/8",
+    UNEQUAL + LARGER_PRIOR: "C/4, within a head p = 0.05",
+    UNEQUAL + PLAIN: f"C/4, within a head {PLAIN}",
+    UNEQUAL + "mean over the queries that saw it": "C/4, within a head the mean over the queries that saw a token",
     **{
         f"unequal, floor C/4, profile of {what}": f"C/4, profile of {what}"
         for what in ("the first text", "the second text", "half as many tokens", "random ids", "other random ids")
@@ -92,10 +98,17 @@ BY_PROFILE = {
 }
 
 
-def _real(measure: str) -> dict[tuple[str, int | None], dict]:
-    """Rows of a measure by rule and size."""
-    rows = _read("real_model")["rows"]
-    return {(row["rule"]["name"], row["cache_size"]): row for row in rows if row["measure"] == measure}
+def _real(measure: str, only: Container[str] = (), sizes: Container[int] = ()) -> dict[tuple[str, int | None], dict]:
+    """Rows of a measure by rule and size, of those rules and sizes, with figures of the texts that all have read."""
+    rows = {
+        (row["rule"]["name"], row["cache_size"]): row
+        for row in _read("real_model")["rows"]
+        if row["measure"] == measure
+        and (not only or row["rule"]["name"] in only)
+        and (not sizes or row["cache_size"] in (None, *sizes))
+    }
+    texts = min(len(row["tokens"]) for row in rows.values())
+    return {key: _first(row, texts) for key, row in rows.items()}
 
 
 def _kl(row: dict | None) -> str:
@@ -118,14 +131,14 @@ def _told(found: dict) -> str:
 
 def real_model() -> str:
     """What a real model keeps of its texts, with heads of one size and of sizes by the profile."""
-    found, sizes = _real("prompt"), (128, 256)
+    sizes = (128, 256)
     shown = {
         "full cache": "full cache",
         UNEQUAL + DEFAULT: "**ours, heads of different size by the profile**",
         **REAL,
         DEFAULT: "**ours, heads of one size**",
     }
-    rows = []
+    found, rows = _real("prompt", shown, sizes), []
     for name in shown:
         cases = [found["full cache", None] if name == "full cache" else found[name, C] for C in sizes]
         rows.append([shown[name], *map(_facts, cases), *map(_kl, cases)])
@@ -137,6 +150,33 @@ def real_model() -> str:
         f"\n\n{_told(found)}. Heads of different size, text by text: {_difference(more, 'points')} of facts, "
         f"{_difference(nearer, '%')} of KL, ± one standard error."
     )
+
+
+def presses() -> str:
+    """The best three of kvpress's rules beside ours, on the texts that they have read."""
+    sizes, result = (128, 256), _read("presses")
+    theirs = {(row["rule"]["name"], row["cache_size"]): row for row in result["rows"]}
+    texts = len(theirs["full cache", None]["kl"])
+    whole = {name for name, C in theirs if C and all(len(theirs[name, each]["kl"]) == texts for each in sizes)}
+    best = sorted(whole, key=lambda name: prod(fmean(theirs[name, C]["kl"]) for C in sizes))[:3]
+    shown = {UNEQUAL + DEFAULT: "**ours, heads of different size**", DEFAULT: "**ours, heads of one size**"}
+    found = _real("prompt", shown, sizes)
+    rows, ours = [], [_first(found[DEFAULT, C], texts) for C in sizes]
+    for name in (*shown, *best):
+        cases = [_first(found[name, C], texts) if name in shown else theirs[name, C] for C in sizes]
+        difference = "" if name == DEFAULT else _difference(noise.of_divergence(cases, ours, "kl"), "%")
+        rows.append([shown.get(name, f"{name}, kvpress"), *map(_facts, cases), *map(_kl, cases), difference])
+    full = theirs["full cache", None]
+    head = [f"of {sum(full['asked'])} facts", *(f"right, C={C}" for C in sizes), *(f"KL, C={C}" for C in sizes)]
+    return _table([*head, "to heads of one size"], rows) + (
+        f"\n\nThe first {texts} of these texts, of which the full cache answers {sum(full['right'])}; kvpress "
+        f"{result['kvpress']}, ± one standard error, in brackets where the difference is below two."
+    )
+
+
+def _first(row: dict, texts: int) -> dict:
+    """A row of figures of the first texts only."""
+    return {name: found[:texts] if isinstance(found, list) else found for name, found in row.items()}
 
 
 def real_rules() -> str:
@@ -169,8 +209,8 @@ def real_heads() -> str:
     """Heads of different size."""
     found, rows = _real("prompt"), []
     for name, shown in BY_PROFILE.items():
-        difference = noise.of_divergence([found[name, 256]], [found[PLAIN, 256]], "kl")
-        compared = "" if name == PLAIN else _difference(difference, "%")
+        difference = noise.of_divergence([found[name, 256]], [found[DEFAULT, 256]], "kl")
+        compared = "" if name == DEFAULT else _difference(difference, "%")
         cases = [found.get((name, C)) for C in (64, 128, 256, 512)]
         rows.append([shown, *map(_kl, cases), compared, *map(_facts, cases)])
     head = [
@@ -189,7 +229,8 @@ def real_heads() -> str:
     )
     full = found["full cache", None]
     return _table(head, rows) + (
-        f"\n\nWithin a head {PLAIN}. {_told(found)}; full cache: {sum(full['right'])} of {sum(full['asked'])}. "
+        f"\n\nWithin a head the default, where nothing else is said. {_told(found)}; full cache: "
+        f"{sum(full['right'])} of {sum(full['asked'])}. "
         f"Rank correlation of the profile of two texts with that {alike}."
     )
 
@@ -197,13 +238,13 @@ def real_heads() -> str:
 def real_measures() -> str:
     """The other measures: a stream, longer texts, a dialogue."""
     stream, long, talk = _real("stream"), _real("long"), _real("dialogue")
-    rows = []
-    heads = UNEQUAL + PLAIN, "unequal, floor C/8: " + PLAIN
-    for name in ("full cache", DEFAULT, PLAIN, "accumulated attention (H2O)", "4 sinks and last tokens", *heads):
+    rows, shown = [], {**REAL, UNEQUAL + DEFAULT: "**default, heads by the profile**"}
+    equal = DEFAULT, LARGER_PRIOR, PLAIN, "accumulated attention (H2O)", "4 sinks and last tokens"
+    for name in ("full cache", *equal, UNEQUAL + DEFAULT):
         sized = [(name, None if name == "full cache" else C) for C in (128, 256, 512)]
         cells = [_kl(stream.get(sized[0])), _kl(long.get(sized[1])), _kl(long.get(sized[2]))]
         cells += [_facts(long.get(sized[1])), _facts(long.get(sized[2])), _facts(talk.get(sized[1]))]
-        rows.append([REAL.get(name, name), *cells])
+        rows.append([shown.get(name, name), *cells])
     asked = [sum(each["full cache", None]["asked"]) for each in (long, talk)]
     head = [
         "rule",
@@ -311,17 +352,17 @@ def demo() -> str:
 
 
 KNOBS = {  # a name of benchmarks/quality/sweep.py, and what the table calls it
-    "default": "**default**: gamma = 1 - 4/C, p = .05, rho = .95",
+    "default": "**default**: gamma = 1 - 4/C, p = .02, rho = .95",
     "gamma = 1 - 4/C, p = 0, rho = 0.95": "no prior, p = 0",
-    "gamma = 1 - 4/C, p = 0.02, rho = 0.95": "p = .02",
+    "gamma = 1 - 4/C, p = 0.05, rho = 0.95": "p = .05",
     "gamma = 1 - 4/C, p = 0.1, rho = 0.95": "p = .1",
     "gamma = 1 - 4/C, p = 0.2, rho = 0.95": "p = .2",
-    "gamma = 1 - 0/C, p = 0.05, rho = 0.95": "no decay, gamma = 1",
-    "gamma = 1 - 2/C, p = 0.05, rho = 0.95": "gamma = 1 - 2/C",
-    "gamma = 1 - 8/C, p = 0.05, rho = 0.95": "gamma = 1 - 8/C",
-    "gamma = 1 - 4/C, p = 0.05, rho = 0": "no redundancy, rho = 0",
-    "gamma = 1 - 4/C, p = 0.05, rho = 0.9": "rho = .9",
-    "gamma = 1 - 4/C, p = 0.05, rho = 1": "rho = 1",
+    "gamma = 1 - 0/C, p = 0.02, rho = 0.95": "no decay, gamma = 1",
+    "gamma = 1 - 2/C, p = 0.02, rho = 0.95": "gamma = 1 - 2/C",
+    "gamma = 1 - 8/C, p = 0.02, rho = 0.95": "gamma = 1 - 8/C",
+    "gamma = 1 - 4/C, p = 0.02, rho = 0": "no redundancy, rho = 0",
+    "gamma = 1 - 4/C, p = 0.02, rho = 0.9": "rho = .9",
+    "gamma = 1 - 4/C, p = 0.02, rho = 1": "rho = 1",
     "no value weight": "no value weight",
     "no sinks": "no sinks",
     "recent C/8": "C/8 recent",

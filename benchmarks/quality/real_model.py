@@ -16,23 +16,22 @@ the files ``*.txt`` of a folder. Four measures, each at an average of C tokens f
 * ``stream``: a text is read 16 tokens at a time and cut after each; KL from the 512th on.
 
 Rules are simulated (simulator.py), so one reading serves them all, and read the same texts, so differences are paired:
-the results keep the figures of each text. They are written as they come. Half an hour of one core; ``--count``
-scales it.
+the results keep the figures of each text. They are written as they come, and what the file has already is not measured
+again. An hour of one core; ``--count`` scales it.
 """
 
 import argparse
-import fcntl
 import itertools
-import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from real_rules import FEW, MAIN, MORE, PLAIN, SHARES, SMALL_PRIOR, TOYS, Rule, unequal
-from real_texts import Passage, Texts
+from real_results import FULL, Results
+from real_rules import FEW, MAIN, MORE, PLAIN, SHARES, Rule
+from real_texts import BEGIN, CONTINUATION, FACTS, TOKENS, Passage, Texts, passages
 from rich.progress import Progress
 from simulator import Held, read, simulated
 from small_llama import load
@@ -44,7 +43,7 @@ from fixed_size_kv_cache.huggingface.profile_texts import TEXTS
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks/python"))
 
-CONTINUATION, PART, FIRST = 64, 16, 512
+PART, FIRST = 16, 512
 Cell = tuple[Rule, int]  # a rule and the average size of its heads
 
 
@@ -53,51 +52,12 @@ def cells(rules: Iterable[Rule], sizes: Sequence[int]) -> list[Cell]:
 
 
 TRIED = {
-    "prompt": cells([*MAIN, *TOYS], (64, 128, 256, 512))
-    + cells([unequal(SMALL_PRIOR)], (128, 256, 512))
-    + cells(MORE, (128, 256))
-    + cells(SHARES, (256,)),
+    "prompt": cells(MAIN, (64, 128, 256, 512)) + cells(MORE, (128, 256)) + cells(SHARES, (256,)),
     "long": cells(FEW, (256, 512)),
     "dialogue": cells(FEW, (256,)),
     "stream": cells([rule for rule in MAIN if rule.name != "random"], (128,)),
 }
 COUNTS = {"prompt": 20, "long": 5, "dialogue": 8, "stream": 5}  # texts
-TOKENS = {"prompt": 1280, "long": 4000, "dialogue": 1280, "stream": 1280}
-BEGIN = {"prompt": 0, "long": 0.5, "dialogue": 0.4, "stream": 0.75}  # where in the files: not all read the same
-FACTS = {"prompt": 4, "long": 6, "dialogue": 6}
-
-
-class Results:
-    """A row for each measure, rule and size, with the figures of each text. Other rows of the file stay."""
-
-    def __init__(self, path: Path | None, head: dict) -> None:
-        self.path, self.head, self.rows = path, head, {}
-
-    def add(self, measure: str, cell: Cell | None, slots: float, **figures: Any) -> None:
-        """``cell``: None for the full cache."""
-        rule, C = cell or (None, None)
-        key = measure, "full cache" if rule is None else rule.name, C
-        said = {"name": "full cache"} if rule is None else rule.as_row()
-        row = self.rows.setdefault(key, {"measure": measure, "cache_size": C, "slots": slots, "rule": said})
-        for name, figure in figures.items():
-            row[name] = [*row.get(name, []), figure]
-
-    def write(self) -> None:
-        if self.path is None:
-            return
-        with open(self.path, "a+") as file:  # several measures may be running
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            text = file.read()
-            before = json.loads(text)["rows"] if text else []
-            others = [
-                row for row in before if (row["measure"], row["rule"]["name"], row["cache_size"]) not in self.rows
-            ]
-            rows = ",\n".join(json.dumps(row) for row in [*others, *self.rows.values()])
-            profiles = {**(json.loads(text)["profiles"] if text else {}), **self.head["profiles"]}
-            head = json.dumps({**self.head, "profiles": profiles, "rows": []})
-            file.truncate(0)
-            file.write(head[: -len("[]}")] + f"[\n{rows}\n]}}\n")
 
 
 class Reader:
@@ -157,24 +117,26 @@ def average(sizes: list[list[int]]) -> float:
     return sum(map(sum, sizes)) / sum(map(len, sizes))
 
 
-def after_a_prompt(reader: Reader, passage: Passage, tried: list[Cell], add: Callable) -> None:
-    """Read in one piece, cut for each cell."""
-    votes = list(dict.fromkeys(rule.vote(C) for rule, C in tried))
+def after_a_prompt(reader: Reader, passage: Passage, tried: list[Cell | None], add: Callable) -> None:
+    """Read in one piece, cut for each cell; ``None`` is the full cache."""
+    votes = list(dict.fromkeys(rule.vote(C) for rule, C in filter(None, tried))) or [PLAIN.vote(1)]
     _, layers = read(reader.model, passage.turns[0][None], votes=votes)
     full, right, said = reader.ask(layers, passage)
     asked, tokens = len(passage.questions), layers[0].seen
-    add(None, tokens, tokens=tokens, kl=0.0, right=right, asked=asked, digits=round(said, 4))
     for cell in tried:
+        if cell is None:
+            add(None, tokens, tokens=tokens, kl=0.0, right=right, asked=asked, digits=round(said, 4))
+            continue
         sizes = reader.sizes(cell, tokens)
         capped, right, said = reader.ask(reader.cut(layers, cell, sizes), passage)
         kl = round(divergence(full, capped), 6)
         add(cell, average(sizes), tokens=tokens, kl=kl, right=right, asked=asked, digits=round(said, 4))
 
 
-def in_a_dialogue(reader: Reader, passage: Passage, tried: list[Cell], add: Callable) -> None:
+def in_a_dialogue(reader: Reader, passage: Passage, tried: list[Cell | None], add: Callable) -> None:
     """Cut after each turn, for each cell by itself."""
     asked, tokens = len(passage.questions), sum(map(len, passage.turns))
-    for cell in [None, *tried]:
+    for cell in tried:
         sizes = reader.sizes(cell, tokens) if cell else None
         vote = cell[0].vote(cell[1]) if cell else PLAIN.vote(tokens)
         layers: list[Held] = []
@@ -225,14 +187,6 @@ def random_ids(model: Any) -> list[Tensor]:
     return [torch.randint(model.config.get_text_config(decoder=True).vocab_size, (600,), generator=generator)]
 
 
-def passages(texts: Texts, measure: str, count: int) -> Iterator[Passage]:
-    for seed in range(count):
-        if measure == "dialogue":
-            yield texts.dialogue(TOKENS[measure], FACTS[measure], seed)
-        else:
-            yield texts.passage(TOKENS[measure], FACTS[measure], CONTINUATION, seed)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="a folder of files *.txt")
@@ -271,21 +225,36 @@ def main() -> None:
         for measure in arguments.measures:
             count, texts = arguments.count or COUNTS[measure], Texts(arguments.texts, tokenizer, BEGIN[measure])
 
+            def missing(text: int, measure: str = measure) -> list[Cell | None]:
+                """What has not been measured on a text yet."""
+                every = [None, *tried[measure]] if measure != "stream" else tried[measure]
+                return [cell for cell in every if results.count(measure, *said_of(cell)) <= text]
+
             def add(cell: Cell | None, slots: float, measure: str = measure, **figures: Any) -> None:
-                results.add(measure, cell, slots, **figures)
+                results.add(measure, *said_of(cell), slots, **figures)
 
             if measure == "stream":
                 rows = torch.stack([texts.slice(TOKENS[measure]) for _ in range(count)])
-                full = full_stream(model, rows)
-                for cell in bar.track(tried[measure], description=measure):
-                    for kl in in_a_stream(reader, rows, cell, full):
+                if missing(count - 1):
+                    full = full_stream(model, rows)
+                for cell in bar.track(missing(count - 1), description=measure):
+                    done = results.count(measure, *said_of(cell))
+                    for kl in in_a_stream(reader, rows[done:], cell, full[done:]):
                         add(cell, average(reader.sizes(cell, rows.shape[1])), tokens=rows.shape[1], kl=kl)
                     results.write()
                 continue
             measured = in_a_dialogue if measure == "dialogue" else after_a_prompt
-            for passage in bar.track(passages(texts, measure, count), total=count, description=measure):
-                measured(reader, passage, tried[measure], add)
-                results.write()
+            for text, passage in bar.track(
+                enumerate(passages(texts, measure, count)), total=count, description=measure
+            ):
+                if missing(text):
+                    measured(reader, passage, missing(text), add)
+                    results.write()
+
+
+def said_of(cell: Cell | None) -> tuple[dict, int | None]:
+    """What the results call it; ``None``: the full cache."""
+    return (FULL, None) if cell is None else (cell[0].as_row(), cell[1])
 
 
 def full_stream(model: Any, rows: Tensor) -> Tensor:

@@ -45,11 +45,11 @@ class Rule:
     def decay(self, C: int) -> float:
         return 1 - self.forgetting / max(C, 2 * self.forgetting)
 
-    def settings(self, slots: int, C: int) -> FixedSizeCacheConfig:
-        """Those of a head with ``slots`` of the average ``C``: its edges are those of a cache of its own size."""
+    def settings(self, cache_size: int | Sequence[Sequence[int]], C: int) -> FixedSizeCacheConfig:
+        """The product's; ``cache_size``: of all heads, or of each with the average ``C``."""
         return FixedSizeCacheConfig(
-            cache_size=slots,
-            recent_tokens=int(self.recent * slots),
+            cache_size=cache_size,
+            recent_tokens=int(self.recent * C),
             score_decay=self.decay(C),
             include_skipped=False,
             free_memory=False,
@@ -70,12 +70,12 @@ class Rule:
 
     def apply(self, layers: Sequence[Held], sizes: Sequence[Sequence[int]], C: int, group: int) -> list[Held]:
         """What stays of the layers of a model."""
-        vote, kept = self.vote(C), []
-        for held, of_layer in zip(layers, sizes, strict=True):
+        vote, settings, kept = self.vote(C), self.settings(sizes, C), []
+        for i, held in enumerate(layers):
             scores = held.votes[vote]
             if self.score == "mean":
                 scores = scores / (held.seen - held.positions).clamp(min=1)
-            kept.append(cut(held, scores, [self.settings(slots, C) for slots in of_layer], group))
+            kept.append(cut(held, scores, settings.of_layer(i), group))
         return kept
 
     def as_row(self) -> dict:
@@ -99,45 +99,46 @@ def unequal(rule: Rule, floor: float = 0.25, **changes) -> Rule:
 NEITHER = dict(score_prior=0.0, redundancy=0.0)
 MEAN = Rule("mean over the queries that saw it", 0.0, "mean", knobs=NEITHER)
 PLAIN = ours(2, 0, 0)
-SMALL_PRIOR = ours(4, 0.02, 0.95)
-DEFAULT = ours(4, 0.05, 0.95)
+DEFAULT = ours(4, 0.02, 0.95)
+LARGER_PRIOR = ours(4, 0.05, 0.95)  # what the toy models like
 BASELINES = [
     Rule("accumulated attention (H2O)", 0.0, recent=0.5, knobs=dict(NEITHER, value_weight=False)),
     Rule("4 sinks and last tokens", knobs=dict(policy="streaming", sink_tokens=4)),
     Rule("random", recent=0.5, knobs=dict(policy="random")),
 ]
 MAIN = [  # at every size
-    SMALL_PRIOR,
     DEFAULT,
+    LARGER_PRIOR,
     ours(4, 0.02, 0.5),
-    ours(2, 0.02, 0.5),
-    ours(2, 0, 0.5),
     PLAIN,
     MEAN,
     *BASELINES,
-    unequal(PLAIN, 0.125),
+    unequal(DEFAULT),
+    unequal(DEFAULT, 0.125),
     unequal(PLAIN),
-    unequal(ours(2, 0.02, 0.5)),
 ]
-FEW = [SMALL_PRIOR, DEFAULT, PLAIN, *BASELINES[:2], unequal(PLAIN, 0.125), unequal(PLAIN), unequal(SMALL_PRIOR)]
-TOYS = [ours(2, 0.05, 0.9), ours(2, 0.02, 0.95), ours(4, 0.02, 0.9)]  # what the toy models can live with
+FEW = [DEFAULT, LARGER_PRIOR, PLAIN, *BASELINES[:2], unequal(DEFAULT), unequal(PLAIN)]  # of the other measures
 MORE = [  # at the middle sizes, after a prompt
     ours(4, 0, 0.95),
-    ours(4, 0.05, 0),
-    ours(2, 0.05, 0.95),
     ours(4, 0, 0),
+    ours(4, 0.02, 0),
+    ours(4, 0.02, 0.9),
+    ours(4, 0.05, 0),
+    ours(2, 0.02, 0.95),
+    ours(2, 0.02, 0.5),
+    ours(2, 0.05, 0.95),
     ours(1, 0, 0),
     Rule("max(gamma s, p), gamma = 1 - 2/C", 2.0, "max", knobs=NEITHER),
     Rule("no value weight, gamma = 1 - 2/C", 2.0, knobs=dict(NEITHER, value_weight=False)),
-    unequal(PLAIN, 0.5),
-    unequal(DEFAULT),
+    unequal(DEFAULT, 0.5),
+    unequal(LARGER_PRIOR),
     unequal(MEAN),
 ]
 SHARES = [  # how much of it is due to layers, and how much to which text the profile has read; at one size
-    replace(PLAIN, name="equal in a layer, layers by the profile", heads="layers"),
-    replace(PLAIN, name="equal in a layer, layers as PyramidKV guesses", heads="pyramid"),
+    replace(DEFAULT, name="equal in a layer, layers by the profile", heads="layers"),
+    replace(DEFAULT, name="equal in a layer, layers as PyramidKV guesses", heads="pyramid"),
     *(
-        unequal(PLAIN, name=f"unequal, floor C/4, profile of {profile}", profile=profile)
+        unequal(DEFAULT, name=f"unequal, floor C/4, profile of {profile}", profile=profile)
         for profile in ("the first text", "the second text", "half as many tokens", "random ids", "other random ids")
     ),
 ]

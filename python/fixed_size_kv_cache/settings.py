@@ -62,7 +62,7 @@ class FixedSizeCacheConfig:
     sink_tokens: int | None = None
     recent_tokens: int | None = None
     score_decay: float | None = None
-    score_prior: float = 0.05
+    score_prior: float = 0.02
     value_weight: bool = True
     redundancy: float = 0.95
     include_skipped: bool | None = None

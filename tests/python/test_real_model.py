@@ -17,12 +17,14 @@ from fixed_size_kv_cache import enable
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks/quality"))
 import real_model
+import real_results
 import real_rules
 import real_texts
 from simulator import simulated
 
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 C, ERRORS = 48, [[1.0] * 4] * 3
-EQUAL = [(real_rules.ours(4, 0.05, 0.95), C), (real_rules.PLAIN, C), (real_rules.BASELINES[1], C)]
+EQUAL = [(real_rules.DEFAULT, C), (real_rules.PLAIN, C), (real_rules.BASELINES[1], C)]
 
 
 class Letters:
@@ -85,8 +87,14 @@ def test_texts_with_facts(texts):
 def test_what_follows_a_prompt(reader, texts):
     """Continuation and questions, all at once on the simulator, one by one on the product."""
     passage, found, model = texts.passage(300, 2, 20, seed=3), [], reader.model
+
+    def note(cell, slots, **figures):
+        found.append((cell, figures))
+
     with simulated(model):
-        real_model.after_a_prompt(reader, passage, EQUAL, lambda cell, slots, **figures: found.append((cell, figures)))
+        real_model.after_a_prompt(
+            reader, passage, [None, *EQUAL], lambda cell, slots, **figures: found.append((cell, figures))
+        )
     assert [cell for cell, _ in found] == [None, *EQUAL]
     full = capped(model, (real_rules.PLAIN, 900), [passage.turns[0], passage.continuation])
     for cell, figures in found:
@@ -122,8 +130,14 @@ def test_an_answer_is_right_where_every_digit_is_the_likeliest(reader, texts, mo
 def test_a_dialogue(reader, texts):
     """Cut after every turn."""
     passage, found = texts.dialogue(300, 2, seed=2), []
+
+    def note(cell, slots, **figures):
+        found.append((cell, figures))
+
     with simulated(reader.model):
-        real_model.in_a_dialogue(reader, passage, EQUAL, lambda cell, slots, **figures: found.append((cell, figures)))
+        real_model.in_a_dialogue(
+            reader, passage, [None, *EQUAL], lambda cell, slots, **figures: found.append((cell, figures))
+        )
     for cell, figures in found[1:]:
         said = []
         for question in passage.questions:
@@ -148,13 +162,13 @@ def test_a_stream(reader, texts, monkeypatch):
 
 
 def test_results_are_written_as_they_come(tmp_path):
-    path, cell = tmp_path / "found.json", EQUAL[0]
-    first = real_model.Results(path, {"model": "x", "profiles": {"usual": [[1]]}})
+    path, cell = tmp_path / "found.json", real_model.said_of(EQUAL[0])
+    first = real_results.Results(path, {"model": "x", "profiles": {"usual": [[1]]}})
     for kl in (0.1, 0.2):
-        first.add("prompt", cell, 48.0, kl=kl)
+        first.add("prompt", *cell, 48.0, kl=kl)
         first.write()
-    other = real_model.Results(path, {"model": "x", "profiles": {"other": [[2]]}})
-    other.add("stream", None, 100.0, kl=0.0)
+    other = real_results.Results(path, {"model": "x", "profiles": {"other": [[2]]}})
+    other.add("stream", *real_model.said_of(None), 100.0, kl=0.0)
     other.write()
     found = json.loads(path.read_text())
     assert found["profiles"] == {"usual": [[1]], "other": [[2]]}
@@ -162,4 +176,38 @@ def test_results_are_written_as_they_come(tmp_path):
         ("prompt", 48, [0.1, 0.2]),
         ("stream", None, [0.0]),
     ]
-    assert found["rows"][0]["rule"]["score_prior"] == 0.05 and found["rows"][1]["rule"] == {"name": "full cache"}
+    assert found["rows"][0]["rule"]["score_prior"] == 0.02 and found["rows"][1]["rule"] == {"name": "full cache"}
+
+    more = real_results.Results(path, {"model": "x"})  # goes on, and loses nothing
+    assert [more.count(measure, *cell) for measure in ("prompt", "stream")] == [2, 0]
+    more.add("prompt", *cell, 48.0, kl=0.3)
+    first.add("prompt", {"name": "other"}, 48, 48.0, kl=0.4)
+    for each in (first, more):
+        each.write()
+    found = json.loads(path.read_text())
+    assert [row["kl"] for row in found["rows"]] == [[0.1, 0.2, 0.3], [0.0], [0.4]] and len(found["profiles"]) == 2
+
+
+def test_results_of_something_else_are_refused(tmp_path):
+    path, (rule, C) = tmp_path / "found.json", real_model.said_of(EQUAL[0])
+    first = real_results.Results(path, {"model": "x"})
+    first.add("prompt", rule, C, 48.0, kl=0.1)
+    first.write()
+    with pytest.raises(SystemExit, match="must be of y; got figures of x"):
+        real_results.Results(path, {"model": "y"})
+    with pytest.raises(SystemExit, match="measured before it was changed"):
+        real_results.Results(path, {"model": "x"}).count("prompt", rule | {"floor": 0.5}, C)
+
+
+def test_kvpress_was_asked_the_same():
+    """The full cache says the same in both scripts, which read with different versions of transformers."""
+    rows = []
+    for name in ("real_model", "presses"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        rows.append(next(row for row in found if (row["measure"], row["rule"]["name"]) == ("prompt", "full cache")))
+    ours, theirs = rows
+    texts = len(theirs["right"])
+    assert texts >= 10
+    for name in ("tokens", "right", "asked"):
+        assert ours[name][:texts] == theirs[name]
+    assert ours["digits"][:texts] == pytest.approx(theirs["digits"], abs=0.001)

@@ -21,7 +21,7 @@ import real_rules
 import simulator
 
 RULES = [
-    real_rules.ours(4, 0.05, 0.95),
+    real_rules.DEFAULT,
     real_rules.ours(2, 0, 0),
     real_rules.ours(2, 0.02, 0.5),
     *real_rules.BASELINES,
@@ -67,13 +67,14 @@ def test_many_rules_from_one_reading():
 
 def test_heads_of_different_size_keep_what_each_would_alone():
     """The same keys for layers of the product with other sizes: a head does not know of its neighbours."""
-    sizes, rule, group = [10, 40, 25, 10], real_rules.ours(2, 0.02, 0.5), 2
+    sizes, rule, group = [15, 80, 50, 15], real_rules.ours(2, 0.02, 0.5), 2
     generator = torch.Generator().manual_seed(3)
 
     def some(heads: int, length: int) -> torch.Tensor:
         return torch.randn(1, heads, length, 16, generator=generator, dtype=torch.float64)
 
-    settings = {size: rule.settings(size, C) for size in sizes}
+    of_heads = rule.settings([sizes], C).of_layer(0)
+    settings = dict(zip(sizes, of_heads, strict=True))
     products = {size: FixedSizeLayer(settings[size]) for size in sizes}
     held, logit_rule = None, LogitRule(1.0)
     for length in LENGTHS:
@@ -83,7 +84,7 @@ def test_heads_of_different_size_keep_what_each_would_alone():
         expected = {size: layer.attend(query, None, logit_rule) for size, layer in products.items()}
         step = simulator._Step([held] if held else [], [rule.vote(C)], True, None)
         output = step.attend(0, query, keys, values, logit_rule)
-        held = simulator.cut(step.after[0], step.after[0].votes[rule.vote(C)], [settings[s] for s in sizes], group)
+        held = simulator.cut(step.after[0], step.after[0].votes[rule.vote(C)], of_heads, group)
         for head, size in enumerate(sizes):
             of_head = slice(head * group, (head + 1) * group)
             torch.testing.assert_close(output[:, of_head], expected[size][:, of_head], rtol=1e-9, atol=1e-9)
@@ -111,18 +112,17 @@ def test_votes_of_other_kinds():
 
 
 def test_unequal_heads_keep_what_the_product_keeps():
-    """Sizes by a profile, on a whole model. Without sinks, of which the product's small heads have fewer."""
-    rule = dataclasses.replace(
-        real_rules.unequal(real_rules.SMALL_PRIOR), knobs=real_rules.SMALL_PRIOR.knobs | {"sink_tokens": 0}
-    )
+    """Sizes by a profile, on a whole model."""
+    rule = real_rules.unequal(dataclasses.replace(real_rules.DEFAULT, knobs=dict(sink_tokens=3)))
     model, ids = tiny_llama(), tokens(1, sum(LENGTHS))
     errors = [[0.1, 0.5, 0.0, 0.2], [0.9, 0.0, 0.3, 0.1], [0.2, 0.2, 0.1, 0.4]]
     sizes = rule.sizes(errors, C, 999)
     assert (
         min(map(min, sizes)) == C // 4 and sum(map(sum, sizes)) == 12 * C and len({*sizes[0], *sizes[1], *sizes[2]}) > 6
     )
-    settings = vars(rule.settings(C, C)) | {"cache_size": sizes}
-    cache, layers, start = new_cache(model, **settings), [], 0
+    settings = rule.settings(sizes, C)
+    assert {head.sink_tokens for i in range(3) for head in settings.of_layer(i)} == {1, 2, 3}
+    cache, layers, start = new_cache(model, **vars(settings)), [], 0
     for length in LENGTHS:
         part = ids[:, start : start + length]
         with enable(model, C):
@@ -150,7 +150,8 @@ def test_sizes():
 
 
 def test_settings_follow_each_heads_size():
-    settings = real_rules.unequal(real_rules.ours(2, 0, 0)).settings(400, 100)
-    plain = FixedSizeCacheConfig(cache_size=400)
-    assert (settings.sink_tokens, settings.recent_tokens) == (plain.sink_tokens, plain.recent_tokens)
-    assert settings.score_decay == 0.98  # of the average
+    """As those of a cache of the product with the same sizes."""
+    rule, sizes = real_rules.unequal(real_rules.ours(2, 0, 0)), [[400, 25], [25, 30]]
+    plain = FixedSizeCacheConfig(cache_size=sizes, score_decay=1 - 2 / 120, score_prior=0.0, redundancy=0.0)
+    assert rule.settings(sizes, 120) == plain
+    assert [head.recent_tokens for head in plain.of_layer(0)] == [100, 6]

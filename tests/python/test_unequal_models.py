@@ -88,7 +88,8 @@ def test_several_turns_and_a_file_between_them(tmp_path):
         cache.save(tmp_path / "text")
         longer = torch.cat([first, tokens(1, 6, seed=5)], dim=1)
         caches = [copy.deepcopy(cache), FixedSizeDynamicCache.load(tmp_path / "text", config=model)]
-        one, other = (run(model, longer, past_key_values=each) for each in caches)
+        mask = torch.ones_like(longer)  # the model may have written its padding token
+        one, other = (run(model, longer, past_key_values=each, attention_mask=mask) for each in caches)
     assert torch.equal(one.sequences, other.sequences)
     assert all(torch.equal(x, y) for x, y in zip(one.logits, other.logits, strict=True))
     assert_same_tokens_held(*caches)
@@ -204,7 +205,9 @@ def test_profiles_that_do_not_fit():
         enable(model, 12, head_profile=HeadProfile("other", 1, "0" * 16, ERRORS))
     with pytest.raises(ValueError, match="enable: cache_size must be one number, the average, where a head_profile"):
         enable(model, SIZES, head_profile=profile)
-    with pytest.raises(TypeError, match="enable: head_profile must be a HeadProfile or the path of one; got dict"):
+    with pytest.raises(
+        TypeError, match="enable: head_profile must be a HeadProfile, the path of one, or True; got dict"
+    ):
         enable(model, 12, head_profile={"output_error": ERRORS})
     with pytest.raises(ValueError, match="head_budgets: floor must be from 0 to 1; got 2"):
         enable(model, 12, head_profile=profile, head_floor=2)

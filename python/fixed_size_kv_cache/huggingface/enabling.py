@@ -15,6 +15,7 @@ from ..layer.layer import FixedSizeLayer
 from ..settings import FixedSizeCacheConfig, read_settings
 from . import generate_hook, marks, own_cache
 from .head_sizes import with_profile
+from .kept_profiles import kept_profile
 from .marks import Cap
 from .unwrapping import unwrap, virtual_tokens
 
@@ -67,7 +68,7 @@ def enable(
     *,
     settings: FixedSizeCacheConfig | None = None,
     prefill_chunk_size: int | None = None,
-    head_profile: HeadProfile | str | os.PathLike | None = None,
+    head_profile: HeadProfile | str | os.PathLike | bool | None = None,
     head_floor: float = 0.25,
     max_tokens: int | None = None,
     **fields: Any,
@@ -89,6 +90,8 @@ def enable(
             compiled generate() and for rotary embeddings that depend on the length come in one piece.
         head_profile: a :class:`HeadProfile` of the model, or its file (``profile_heads``, ``fsdc profile``): then
             ``cache_size`` is the average over all KV heads, and those that err more with few tokens get more of it.
+            ``True``: one by random ids, made now and kept in a folder (``FSDC_PROFILES``, default
+            ``~/.cache/fixed_size_kv_cache/profiles``) for the next time.
         head_floor: the share of ``cache_size`` that every head has then.
         max_tokens: no head gets more then, such as the longest text there will be.
         **fields: ``sink_tokens``, ``recent_tokens``, ``score_decay``, ``score_prior``,
@@ -125,7 +128,9 @@ def enable(
         raise ValueError(f"enable: prefill_chunk_size must be a whole number of at least 1; got {chunk!r}")
     check_config(model.config)
     check_model(model)
-    if head_profile is not None:
+    if head_profile is True:
+        head_profile = kept_profile(model)
+    if head_profile is not None and head_profile is not False:
         made = with_profile(made, head_profile, head_floor, max_tokens, model.config)
     cache = FixedSizeDynamicCache(config=model.config, settings=made)
     has_effect = any(isinstance(layer, FixedSizeLayer) for layer in cache.layers)

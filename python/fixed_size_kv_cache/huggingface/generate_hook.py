@@ -153,11 +153,11 @@ def _choose_chunks(model: Any, generation_config: Any, model_kwargs: dict, assis
         or generation_config.compile_config is not None
     ):
         return  # in one piece
-    if prompt_length(generation_config, model_kwargs) > chunk and not _processes_meet_in(model):
+    if prompt_length(generation_config, model_kwargs) > chunk and not processes_meet_in(model):
         generation_config.prefill_chunk_size = chunk
 
 
-def _processes_meet_in(model: Any) -> bool:
+def processes_meet_in(model: Any) -> bool:
     """Whether each forward gathers weights from other processes (FSDP, ZeRO-3): then all must run equally many, and
     prompts of different lengths would have different numbers of chunks."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

@@ -38,7 +38,9 @@ def with_profile(
     if isinstance(profile, (str, os.PathLike)):
         profile = HeadProfile.load(profile)
     if not isinstance(profile, HeadProfile):
-        raise TypeError(f"enable: head_profile must be a HeadProfile or the path of one; got {type(profile).__name__}")
+        raise TypeError(
+            f"enable: head_profile must be a HeadProfile, the path of one, or True; got {type(profile).__name__}"
+        )
     profile.check_model(config)
     sizes = head_budgets(profile.output_error, settings.cache_size, floor, max_tokens)
     return dataclasses.replace(settings, cache_size=sizes)
