@@ -9,8 +9,6 @@
 
 namespace fsdc::cuda {
 
-__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
-
 template <class Element, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     accumulate_scores_kernel(const AccumulateScoresParams params, uint32_t tiles) {

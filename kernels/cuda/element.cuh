@@ -2,6 +2,7 @@
 // Element types: conversion, arithmetic that is never fused, vector access.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "../types.h"
@@ -33,6 +34,18 @@ __device__ inline float to_float(double value) { return __double2float_rn(value)
 __device__ inline float add(float a, float b) { return __fadd_rn(a, b); }
 __device__ inline double add(double a, double b) { return __dadd_rn(a, b); }
 __device__ inline float multiply(float a, float b) { return __fmul_rn(a, b); }
+
+// a * b + c rounded once, and other functions, by the type of their argument.
+__device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline double exponential(double x) { return exp(x); }
+__device__ inline float logarithm(float x) { return logf(x); }
+__device__ inline double logarithm(double x) { return log(x); }
+__device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
+
+__device__ inline bool is_finite(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
 
 // The widest access of 16, 8, 4 or 2 bytes that every address made of these numbers allows: or them together.
 constexpr int access_bytes(uint64_t addresses_and_strides) {

@@ -102,13 +102,6 @@ struct Sight {
   }
 };
 
-__device__ inline float exponential(float x) { return expf(x); }
-__device__ inline double exponential(double x) { return exp(x); }
-__device__ inline float logarithm(float x) { return logf(x); }
-__device__ inline double logarithm(double x) { return log(x); }
-__device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
-__device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
-
 template <class Number>
 __device__ Number minus_infinity() {
   return static_cast<Number>(-INFINITY);
