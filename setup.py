@@ -29,7 +29,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "python" / PACKAGE / "_vers
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11, the oldest that the build may run with
 CXX = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
-NVCC = ["-std=c++20", "-O3", "-Xfatbin=-compress-all"]  # kernels take a fifth of the room; the driver unpacks them
+NVCC = ["-std=c++20", "-O3", "-Xfatbin=-compress-all"]  # a quarter of the size for six architectures
 if os.environ.get("FSDC_LINEINFO") == "1":
     NVCC += ["-lineinfo"]
 if os.environ.get("FSDC_WERROR") == "1":

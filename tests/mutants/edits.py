@@ -209,7 +209,7 @@ EDITS = [
     Edit(
         "votes change scores that are not finite",
         "kernels/cuda/chunk_attention/votes.cuh",
-        "if (is_finite_score(score)) score =",
+        "if (is_finite(score)) score =",
         "score =",
         (GPU_CHUNK,),
     ),

@@ -20,8 +20,6 @@ struct TokenSums {
   Number of[kThreads / kWarpThreads][kTokensOfBlock];
 };
 
-__device__ inline bool is_finite_score(float value) { return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u; }
-
 // Exponentials of a block's logits, and its votes into the scores. `voted` is how many tokens scores are carried for:
 // in a row's first block all, in others those that the block sees.
 template <class Element, int kThreads>
@@ -92,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) vote_kernel(const ChunkAttentionPara
     float& score = row.facts(params, kScorePlane)[token];
     const bool is_first = block.first_query == 0;
     const float carry = is_first && params.carry != nullptr ? params.carry[row.batch * params.carry_stride] : 1;
-    if (is_finite_score(score)) score = carry * score + to_float(sum);
+    if (is_finite(score)) score = carry * score + to_float(sum);
   }
 }
 
