@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's OpenAI server with a cache of fixed size, and one request to it: see docs/vllm.md.
 
-python examples/vllm_server.py FOLDER_OR_NAME [options of the server]
+python examples/vllm_server.py FOLDER_OR_NAME PROMPT [options of the server]
 """
 
 import json
@@ -17,7 +17,7 @@ PORT = 8765
 CACHE = {"cache_size": 256, "prefill_chunk_size": 256}
 
 
-def main(model: str, *options: str) -> None:
+def main(model: str, prompt: str, *options: str) -> None:
     (architecture,) = AutoConfig.from_pretrained(model).architectures
     overrides, additional = {"architectures": [f"FixedSize{architecture}"]}, {"fsdc": CACHE}
     serve = [
@@ -33,7 +33,7 @@ def main(model: str, *options: str) -> None:
             if server.poll() is not None:
                 raise SystemExit(f"the server ended with {server.returncode}")
             time.sleep(1)
-        text = complete(model, "Once upon a time")
+        text = complete(model, prompt)
     finally:
         server.terminate()
         server.wait()

@@ -10,13 +10,14 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE), str(HERE.parent / "python")]
-collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
-
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in the process of the test, where it starts fast
-os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-os.environ["VLLM_NO_USAGE_STATS"] = "1"
-os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-os.environ["OMP_NUM_THREADS"] = "1"
+if find_spec("vllm"):
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in the process of the test, where it starts fast
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    os.environ["OMP_NUM_THREADS"] = "1"
+else:
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
