@@ -256,7 +256,10 @@ def real_measures() -> str:
         f"of {asked[1]} facts, dialogue, C=256",
     ]
     count = len(stream[PLAIN, 128]["kl"])
-    return _table(head, rows) + f"\n\nStream: {count} texts. Long: {_told(long)}. Dialogue: {_told(talk)}."
+    return (
+        _table(head, rows)
+        + f"\n\nStream: {count} texts. Long: {_told(long)}. Dialogue: {_told(talk)}. Empty: not measured."
+    )
 
 
 def prompt() -> str:
