@@ -255,8 +255,8 @@ def real_measures() -> str:
         "C=512",
         f"of {asked[1]} facts, dialogue, C=256",
     ]
-    count = len(stream[PLAIN, 128]["kl"])
-    return _table(head, rows) + f"\n\nStream: {count} texts. Long: {_told(long)}. Dialogue: {_told(talk)}."
+    said = f"Stream: {len(stream[PLAIN, 128]['kl'])} texts. Long: {_told(long)}. Dialogue: {_told(talk)}."
+    return _table(head, rows) + f"\n\n{said} Empty: not measured."
 
 
 def prompt() -> str:
