@@ -17,7 +17,7 @@ import noise
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
-DOCUMENTS = ("README.md", "docs/eviction.md", "docs/performance.md", "docs/vllm.md")
+DOCUMENTS = ("README.md", "docs/eviction.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- figures (\w+): .*? -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -314,28 +314,6 @@ def chunk_attention() -> str:
     where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
     head = ["a chunk", sdpa, f"{ours}, of that time", "with redundancy"]
     return _table(head, rows) + f"\n\nMedians of contenders taking turns; {where}."
-
-
-def serving() -> str:
-    """vLLM with a cache of fixed size and the stock engine: prefill, decode, and the requests that fit."""
-    result = _read("vllm_cpu")
-    machine, rows = result["machine"], []
-    for context, engines in result["cases"].items():
-        stock = engines["stock"]
-        for name, found in engines.items():
-            prefill, step = found["prefill_tokens_per_second"], found["decode_ms_per_step"]
-            of_stock = prefill / stock["prefill_tokens_per_second"], step / stock["decode_ms_per_step"]
-            cells = [f"{prefill:.0f}", f"{of_stock[0]:.2f}x", f"{step:.1f}", f"{of_stock[1]:.2f}x"]
-            rows.append([context, name, *cells])
-    head = ["tokens of context", "cache", "prefill, tokens/s", "of stock", "decode, ms a step", "of stock"]
-    fits = ", ".join(f"{name}: {count:.0f}" for name, count in result["requests_that_fit"].items())
-    return _table(head, rows, left=2) + (
-        f"\n\n{result['requests']} requests at once, C = {result['cache_size']}, prompts read "
-        f"{result['prefill_chunk_size']} tokens at a time; a random Llama of 12 layers, 8 heads on 2 KV heads of 64, "
-        f"in float32; processor time, medians of {result['rounds']} rounds in which the engines take turns. "
-        f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}. Requests of "
-        f"{result['longest_context']} tokens that fit into {result['memory_bytes'] >> 20} MiB, by vLLM's log: {fits}."
-    )
 
 
 def demo() -> str:
