@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""decode_attention_ as only a GPU can show it: launch shapes, streams, graphs, devices. Skipped where there is none."""
+"""decode_attention_ where only a GPU can show it: launch shapes, streams, graphs, devices. Skipped without one."""
 
 import pytest
 import torch

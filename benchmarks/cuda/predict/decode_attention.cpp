@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What decode_attention should take on GPUs that nobody has run it on: a table, from the plan that it would be launched
-// with and a few assumptions, which stand here. Needs the headers of the CUDA toolkit, and no GPU.
+// with and a few assumptions, which stand here. Needs the headers of the CUDA toolkit, and no GPU:
+//
+//   g++ -std=c++20 -I. -I/usr/local/cuda/include benchmarks/cuda/predict/decode_attention.cpp -o predict && ./predict
 //
 //   time = launch + latencies + bytes / rate
 //   rate = the least of what memory gives, what the loads in flight ask for, and what the instructions leave time for
