@@ -83,11 +83,11 @@ def test_a_loop_without_no_grad():
 # ---- models with ways of their own -----------------------------------------------------------------------------------
 
 
-def tiny_phi3(eos_token_id: int | None = None):
+def tiny_phi3():
     torch.manual_seed(0)
     config = transformers.Phi3Config(
         vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=1, eos_token_id=eos_token_id, pad_token_id=0, sliding_window=None,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0, sliding_window=None,
         original_max_position_embeddings=32, max_position_embeddings=512, initializer_range=0.3,
     )  # fmt: skip
     return transformers.Phi3ForCausalLM(config).eval().double()
@@ -116,7 +116,7 @@ def test_phi3_drops_its_cache_in_the_middle_of_a_text(own_cache, start):
 
 @pytest.mark.parametrize("size", [200, 12])
 def test_phi3_drops_its_cache_while_tokens_may_be_taken_back(size):
-    model, ids = tiny_phi3(eos_token_id=99), tokens(1, 20)
+    model, ids = tiny_phi3(), tokens(1, 20)
     options = dict(max_new_tokens=40, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
     expected = model.generate(ids, prompt_lookup_num_tokens=3, **options).sequences
     assert expected.shape[1] == 60
