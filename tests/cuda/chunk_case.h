@@ -92,7 +92,7 @@ inline ChunkArguments<Bytes> arguments_of(const ChunkCase& which) {
   }
   made.positions = to_bytes(positions);
   if (B > 0) std::memset(made.carry.data(), 0, sizeof(float));  // as it becomes in a long chunk
-  if (which.weighs_queries) {  // the second query of the first batch row
+  if (which.weighs_queries) {                                   // the second query of the first batch row
     std::memset(made.query_weights.data() + (which.queries > 1 ? sizeof(float) : 0), 0, sizeof(float));
     const int64_t size = element_size(which.dtype), query = std::min<int64_t>(1, which.queries - 1);
     for (int64_t head = 0; head < H * which.group; ++head) {
