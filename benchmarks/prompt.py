@@ -3,7 +3,8 @@
 
 python benchmarks/prompt.py [rounds]
 
-Time, of contenders taking turns; and the most memory while it is read, each in a process of its own.
+Time, of contenders taking turns; and the most memory while it is read, each in a process of its own. What the model
+takes without any attention, in the same chunks as ours, is the floor of them all.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks/python"), str(ROOT / "tests/python")]
@@ -26,7 +27,8 @@ from fixed_size_kv_cache import disable, enable  # noqa: E402
 CACHE_SIZES = (256, 1024)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONG = 4096  # from here on two rounds do, and memory is measured
-STOCK = "stock, sdpa"
+STOCK, FLOOR = "stock, sdpa", "no attention"
+CHUNK = 1024  # of ours, at these sizes of the cache
 LLAMAS = {  # 6 layers of 512: KV heads and type
     "MHA 8/8, float32": (8, torch.float32),
     "MHA 8/8, bfloat16": (8, torch.bfloat16),
@@ -66,6 +68,7 @@ def measure(model, S: int, rounds: int) -> dict[str, object]:
     ids = random_ids(model, S)
     contenders = {STOCK: lambda: read(model, ids, None)}
     contenders |= {f"C={size}": (lambda size=size: read(model, ids, size)) for size in CACHE_SIZES}
+    contenders[FLOOR] = lambda: read_without_attention(model, ids)
     times = harness.time_in_turns(contenders, rounds)
     stock = times[STOCK]["median_us"]
     return {
@@ -85,6 +88,24 @@ def read(model, ids: torch.Tensor, cache_size: int | None) -> None:
     else:
         enable(model, cache_size=cache_size)
     model.generate(ids, max_new_tokens=1, do_sample=False)
+
+
+def no_attention(module, query, key, value, attention_mask, **kwargs):
+    return query.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("none", no_attention)
+AttentionMaskInterface.register("none", lambda *args, **kwargs: None)
+
+
+def read_without_attention(model, ids: torch.Tensor) -> None:
+    disable(model)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("none")
+    try:
+        model.generate(ids, max_new_tokens=1, do_sample=False, prefill_chunk_size=CHUNK)
+    finally:
+        model.set_attn_implementation(usual)
 
 
 def peak_bytes(name: str, S: int, cache_size: int | None) -> int:
@@ -124,7 +145,7 @@ def main() -> None:
             if S >= LONG:
                 point["peak_bytes"] = peaks(name, S)
                 print("  " + ", ".join(f"{who} {x / 2**20:.0f} MiB" for who, x in point["peak_bytes"].items()))
-    harness.write(ROOT / "benchmarks/results/prompt_cpu.json", {"cases": results})
+        harness.write(ROOT / "benchmarks/results/prompt_cpu.json", {"cases": results})
 
 
 if __name__ == "__main__":

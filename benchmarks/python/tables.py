@@ -270,7 +270,7 @@ def prompt() -> str:
             rows.append([name if point is points[0] else "", f"{point['tokens']}"])
             rows[-1].append(f"{point['times'][stock]['median_us'] / 1e3:.0f} ms")
             rows[-1] += [f"{point['of_stock'][size]:.2f}x" for size in ours]
-            rows[-1].append(" / ".join(f"{peaks[who] / 2**20:.0f}" for who in point["times"]) + " MiB" if peaks else "")
+            rows[-1].append(" / ".join(f"{most / 2**20:.0f}" for most in peaks.values()) + " MiB" if peaks else "")
     where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
     head = [
         "6 layers of 512, stories260K",
