@@ -36,7 +36,7 @@ class TorchProducts final : public cuda::Products {
 
  private:
   static void call(const char* overload, StableIValue* stack) {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", overload, stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", overload, stack, TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more, to be given back
   }
 
