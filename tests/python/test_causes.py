@@ -85,9 +85,9 @@ def test_a_loop_without_no_grad():
 
 def tiny_phi3():
     torch.manual_seed(0)
-    config = transformers.Phi3Config(
+    config = transformers.Phi3Config(  # its last token is none of the vocabulary: prompt lookup wants one before 5
         vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=1, eos_token_id=None, pad_token_id=0, sliding_window=None,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=100, pad_token_id=0, sliding_window=None,
         original_max_position_embeddings=32, max_position_embeddings=512, initializer_range=0.3,
     )  # fmt: skip
     return transformers.Phi3ForCausalLM(config).eval().double()
