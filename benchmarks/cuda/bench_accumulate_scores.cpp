@@ -67,11 +67,8 @@ const bool kRegistered = [] {
     const std::string name = "B:" + std::to_string(shape.batch) + "/H:" + std::to_string(shape.heads) +
                              "/G:" + std::to_string(shape.group) + "/Q:" + std::to_string(shape.queries) +
                              "/S:" + std::to_string(shape.tokens);
-    benchmark::RegisterBenchmark(("accumulate_scores/graph/" + name).c_str(), accumulate_scores, shape)
-        ->UseManualTime()
-        ->Unit(benchmark::kMicrosecond)
-        ->Iterations(20)
-        ->Repetitions(11);
+    bench::count_by_events(
+        benchmark::RegisterBenchmark(("accumulate_scores/graph/" + name).c_str(), accumulate_scores, shape));
   }
   return true;
 }();

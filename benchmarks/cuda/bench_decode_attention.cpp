@@ -101,11 +101,8 @@ const bool kRegistered = [] {
         const Shape shape{batch, 8, group, slots, 128};
         const std::string name =
             "B:" + std::to_string(batch) + "/H:8/G:" + std::to_string(group) + "/C:" + std::to_string(slots) + "/D:128";
-        benchmark::RegisterBenchmark(("decode_attention/graph/" + name).c_str(), decode_attention, shape)
-            ->UseManualTime()
-            ->Unit(benchmark::kMicrosecond)
-            ->Iterations(20)
-            ->Repetitions(11);
+        bench::count_by_events(
+            benchmark::RegisterBenchmark(("decode_attention/graph/" + name).c_str(), decode_attention, shape));
       }
     }
   }

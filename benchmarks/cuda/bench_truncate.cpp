@@ -128,12 +128,8 @@ const bool kRegistered = [] {
                              "/kept:" + std::to_string(shape.kept) + (shape.has_skipped ? "/skipped" : "") +
                              (shape.queries > 0 ? "/queries:" + std::to_string(shape.queries) : "");
     for (const bool in_graph : {true, false}) {
-      benchmark::RegisterBenchmark(((in_graph ? "truncate/graph/" : "truncate/eager/") + name).c_str(), truncate, shape,
-                                   in_graph)
-          ->UseManualTime()
-          ->Unit(benchmark::kMicrosecond)
-          ->Iterations(20)
-          ->Repetitions(11);
+      bench::count_by_events(benchmark::RegisterBenchmark(
+          ((in_graph ? "truncate/graph/" : "truncate/eager/") + name).c_str(), truncate, shape, in_graph));
     }
   }
   return true;

@@ -10,15 +10,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+from harness import summary
 
 NO_GPU = 3  # exit code
 
 Call = Callable[..., object]
-
-
-def summary(times: list[float]) -> dict[str, float]:
-    tenths = statistics.quantiles(times, n=10)
-    return {"median_us": statistics.median(times), "p10_us": tenths[0], "p90_us": tenths[-1]}
 
 
 def microseconds(work: Callable[[], object]) -> float:
