@@ -39,12 +39,12 @@ template <int kThreads, class T>
 __device__ void prefetch_run(const DecodeAttentionParams& p, const DecodeRow<T>& row, const DecodeRun& run) {
   constexpr int kNumbers = kLineBytes / 4;
   const int lines = (static_cast<int>(p.values.dim * sizeof(T)) + kLineBytes - 1) / kLineBytes;  // of a token
-  const int slot = static_cast<int>(threadIdx.x) / lines, line = static_cast<int>(threadIdx.x) % lines;
+  const int thread = static_cast<int>(threadIdx.x), slot = thread / lines, line = thread % lines;
   if (slot < run.held) {
     prefetch_line(row.values + (run.begin + slot) * p.values.slot_stride + line * (kLineBytes / int{sizeof(T)}));
   }
-  if (threadIdx.x * kNumbers < run.held) {
-    const int64_t first = run.begin + threadIdx.x * kNumbers;
+  if (thread * kNumbers < run.held) {
+    const int64_t first = run.begin + thread * kNumbers;
     FSDC_NO_UNROLL
     for (int64_t plane = 0; plane < kFacts; ++plane) prefetch_line(row.facts + plane * p.fact_plane_stride + first);
     prefetch_line(row.positions + first);
