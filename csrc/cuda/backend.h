@@ -31,6 +31,9 @@ class CudaBackend {
     check("accumulate_scores_", cuda::launch_accumulate_scores(params, stream_));
   }
   void decode_attention(const DecodeAttentionParams& params) const {
+    const uint32_t bits = cuda::position_bits(params);
+    FSDC_CHECK(params.length >> bits == 0, "decode_attention_: length must be below 2^", bits, " on CUDA with ",
+               params.heads, " KV heads; got ", params.length);
     cuda::DecodePlan plan;
     check("decode_attention_", cuda::plan_decode_attention(params, plan));
     const int64_t bytes = cuda::scratch_bytes(params, plan);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The device that these tests run on: the CPU by way of tests/simt (device_simt.cpp), or a GPU (device_cuda.cpp).
+// The device that these tests run on: the CPU by way of tests/simt (device_simt.h), or a GPU (device_cuda.cpp).
 #pragma once
 
 #include <cstddef>

@@ -116,6 +116,14 @@ TEST_CASE("decode_attention: logit rules") {
   }
 }
 
+// So far that an exponential is finite only below the largest logit of all runs.
+TEST_CASE("decode_attention: logits far apart") {
+  use_order(0);
+  DecodeStep step({.slots = 30, .length = 45, .dtype = DType::kFloat64});
+  for (int64_t i = 0; i < step.keys.size(); ++i) step.keys.set(i, 1000 * step.keys[i]);
+  check_change(step, [](DecodeAttentionParams&) {});
+}
+
 TEST_CASE("decode_attention: rules of eviction, as the CPU has them") {
   use_order(0);
   DecodeStep step({.slots = 30, .length = GENERATE(12, 30, 45), .has_holes = GENERATE(false, true), .has_entry = true});
@@ -123,6 +131,10 @@ TEST_CASE("decode_attention: rules of eviction, as the CPU has them") {
     check_change(step, [](DecodeAttentionParams& p) {
       p.value_weight = false, p.redundancy = 0, p.prior = 0, p.decay = 1, p.sink_tokens = p.recent_tokens = 0;
     });
+  }
+  SECTION("nothing protected: the new one goes for the norm of its value") {
+    for (int64_t i = 0; i < step.new_values.size(); ++i) step.new_values.set(i, step.new_values[i] * 1e-3);
+    check_change(step, [](DecodeAttentionParams& p) { p.sink_tokens = p.recent_tokens = 0; });
   }
   SECTION("literal sums in the entry") {
     check_change(step, [](DecodeAttentionParams& p) { p.skipped_mean = false; });
@@ -140,6 +152,10 @@ TEST_CASE("decode_attention: rules of eviction, as the CPU has them") {
     step.is_protected = {1, 0};
     check_change(step, [](DecodeAttentionParams&) {});
   }
+  SECTION("a key that is not a number") {
+    step.keys.set(4 * step.is.dim, std::nan(""));
+    check_change(step, [](DecodeAttentionParams&) {});
+  }
   SECTION("scores that are not finite, and ties") {
     const float scores[] = {kInf, kNaN, -kNaN, -kInf, 0.0f, -0.0f, 3e38f};
     for (size_t i = 0; i < size_t(step.rows); ++i) {
@@ -149,6 +165,42 @@ TEST_CASE("decode_attention: rules of eviction, as the CPU has them") {
     for (float& score : step.facts) score = std::isnan(score) || score == -kInf ? score : kInf;
     check_change(step, [](DecodeAttentionParams&) {});
   }
+}
+
+// Every other row, KV head and slot of a larger step, from its first element on or from the second.
+TEST_CASE("decode_attention: rows lie where the strides say") {
+  use_order(0);
+  const DType dtype = GENERATE(DType::kFloat32, DType::kBFloat16);
+  DecodeStep start({.batch = 4,
+                    .heads = 4,
+                    .slots = 40,
+                    .value_dim = 16,
+                    .length = 45,
+                    .dtype = dtype,
+                    .has_holes = true,
+                    .has_entry = true});
+  start.valid = {1, 0, 1, 1};
+  start.is_protected = {0, 1, 1, 0};
+  const int moved = GENERATE(range(0, 5));
+  CAPTURE(int(dtype), moved);
+  check_change(start, [&](DecodeAttentionParams& p) {
+    p.batch = p.heads = 2;
+    p.slots = 19;
+    for (SlotRows* rows : {&p.keys, &p.values}) {
+      rows->batch_stride *= 2, rows->head_stride *= 2, rows->slot_stride *= 2;
+    }
+    for (TokenInput* token : {&p.query, &p.new_keys, &p.new_values}) token->batch_stride *= 2, token->head_stride *= 2;
+    p.fact_batch_stride *= 2, p.fact_head_stride *= 2;
+    p.position_batch_stride *= 2, p.position_head_stride *= 2;
+    p.seen_stride = p.valid_stride = p.protected_stride = 2;
+    const auto move = [&](auto& of) {
+      of.data = const_cast<char*>(static_cast<const char*>(of.data)) + element_size(dtype);
+    };
+    if (moved == 1) move(p.keys);
+    if (moved == 2) move(p.values);
+    if (moved == 3) move(p.new_keys);
+    if (moved == 4) move(p.new_values);
+  });
 }
 
 TEST_CASE("decode_attention: a padded row stays as it was") {
@@ -196,18 +248,20 @@ TEST_CASE("decode_attention: whatever an empty slot holds does not count") {
   }
 }
 
-// 3 and 36 of them, in the memory of 2 heads with 20.
+// 3 and 36 of them, in the memory of 2 heads with 20. What a head protects would go first, and does in the other head.
 TEST_CASE("decode_attention: KV heads with slots of their own") {
   use_order(3 % orders());
   const DType dtype = any_dtype();
   const int64_t length = GENERATE(0, 4, 200);
   DecodeStep start({.batch = 1, .length = length, .dtype = dtype});
-  start.layout = {0, 3, 1, 3, 4, 36, 1, 2};
+  start.layout = {0, 3, 1, 3, 4, 36, 5, 20};
   for (int64_t slot = 0; slot < start.rows; ++slot) {
     const int64_t first = slot < 4 ? 0 : 4, slots = slot < 4 ? 3 : 36;
-    const bool is_held = slot - first < std::min(length, slots);
-    start.positions[size_t(slot)] = is_held ? int32_t(slot - first) : -1;
-    start.facts[size_t(slot)] = is_held ? 1.0f + float(slot % 7) : -kInf;
+    const int64_t in_use = std::min(length, slots), i = slot - first;
+    const int64_t position = i < 5 ? i : length - in_use + i;
+    const bool is_protected = position < 5 || position > length - 20;
+    start.positions[size_t(slot)] = i < in_use ? int32_t(position) : -1;
+    start.facts[size_t(slot)] = i >= in_use ? -kInf : is_protected ? 0 : 1.0f + float(slot % 7);
   }
   DecodeStep expected = start;
   DecodeAttentionParams params = expected.params();
@@ -265,10 +319,14 @@ TEST_CASE("decode_attention: what cannot be launched is refused") {
     address = reinterpret_cast<std::remove_reference_t<decltype(address)>>(reinterpret_cast<uintptr_t>(address) + 1);
   };
   refuses([](DecodeAttentionParams& p) { p.batch = int64_t{1} << 31; });
+  refuses([](DecodeAttentionParams& p) { p.length = int64_t{1} << 31; });  // the bits of `seen` for 2 heads
   refuses([&](DecodeAttentionParams& p) { off(p.keys.data); });
   refuses([&](DecodeAttentionParams& p) { off(p.new_values.data); });
   refuses([&](DecodeAttentionParams& p) { off(p.facts); });
   refuses([&](DecodeAttentionParams& p) { off(p.positions); });
   refuses([&](DecodeAttentionParams& p) { off(p.seen); });
   refuses([&](DecodeAttentionParams& p) { off(p.output); });
+  DecodeStep longest = step;
+  decode_on_device(longest, plan, [](DecodeAttentionParams& p) { p.length = (int64_t{1} << 31) - 1; });
+  require_step(longest, step);
 }

@@ -159,6 +159,16 @@ TEST_CASE("plan: a decode step of many rows, or of few tokens, takes a block for
   }
 }
 
+TEST_CASE("plan: positions take the bits of `seen` that counting heads leaves, and never its sign") {
+  const auto bits = [](int64_t heads) { return cuda::position_bits(decode_shape(1, heads, 1024, 5000)); };
+  CHECK(bits(1) == 31);
+  CHECK(bits(2) == 31);
+  CHECK(bits(3) == 30);
+  CHECK(bits(8) == 29);
+  CHECK(bits(9) == 28);
+  CHECK(bits(128) == 25);
+}
+
 TEST_CASE("plan: a decode step of heads of their own sizes gives long ones more blocks") {
   static const int32_t kLayout = 0;
   DecodeAttentionParams params = decode_shape(1, 8, 8200, 5000);

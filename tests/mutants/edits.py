@@ -15,6 +15,10 @@ GPU_SCORES = "fsdc_simt_plain: accumulate_scores: without query weights and carr
 GPU_SIZES = "fsdc_simt_plain: accumulate_scores: sizes and types"
 GPU_CHUNK = "fsdc_simt_plain: chunk_attention: options"
 GPU_BLOCKS = "fsdc_simt_plain: chunk_attention: blocks of any size"
+GPU_DECODE = "fsdc_simt_plain: decode_attention: every plan"
+GPU_EVICTION = "fsdc_simt_plain: decode_attention: rules of eviction, as the CPU has them"
+GPU_UNEQUAL = "fsdc_simt_plain: decode_attention: KV heads with slots of their own"
+GPU_STRIDES = "fsdc_simt_plain: decode_attention: rows lie where the strides say"
 EVICTION = "tests/python/test_eviction.py::"
 STATE = "tests/python/test_layer_state.py::"
 MODES = "tests/python/test_modes.py::"
@@ -261,6 +265,167 @@ EDITS = [
         "first + token < newer",
         "first + token <= newer",
         (GPU_CHUNK,),
+    ),
+    Edit(
+        "the new token is in no run where it would begin one",
+        "kernels/cuda/decode_attention/row.cuh",
+        "(min(p.length, slots) + plan.run_tokens) / plan.run_tokens",
+        "(min(p.length, slots) + plan.run_tokens - 1) / plan.run_tokens",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "a plan leaves no room for the new token",
+        "kernels/cuda/decode_attention/plan.h",
+        "std::min(params.length, params.slots) + 1",
+        "std::min(params.length, params.slots)",
+        ("fsdc_simt_plain: decode_attention: by its own plan",),
+    ),
+    Edit(
+        "scratch holds one cut run for each row of the batch, not for each head",
+        "kernels/cuda/decode_attention/plan.h",
+        "tokens_per_batch_row(params) / plan.run_tokens + params.heads",
+        "tokens_per_batch_row(params) / plan.run_tokens + 1",
+        (GPU_UNEQUAL,),
+    ),
+    Edit(
+        "new tokens that are not aligned are read in wide accesses",
+        "kernels/cuda/decode_attention/plan.h",
+        "bits |= reinterpret_cast<uintptr_t>(token.data);",
+        "",
+        ("fsdc_simt_address: decode_attention: rows lie where the strides say",),
+    ),
+    Edit(
+        "the sums of runs are added up without their scales",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "sum += memory.sums[g] * scale;",
+        "sum += memory.sums[g];",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "the largest logit of the first run passes for that of the row",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "for (int run = 1; run < runs; ++run) maximum",
+        "for (int run = 1; run < 1; ++run) maximum",
+        ("fsdc_simt_plain: decode_attention: logits far apart",),
+    ),
+    Edit(
+        "the last loads of a run add its last token again",
+        "kernels/cuda/decode_attention/attend.cuh",
+        "          if (!is_full && start + i * step >= run.held) values[i] = Word{};\n",
+        "",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "values of empty slots are multiplied with zero",
+        "kernels/cuda/decode_attention/attend.cuh",
+        "if (has_holes && positions[token(i)] < 0)",
+        "if (false && has_holes && positions[token(i)] < 0)",
+        ("fsdc_simt_plain: decode_attention: whatever an empty slot holds does not count",),
+    ),
+    Edit(
+        "the entry of the evicted counts as one token",
+        "kernels/cuda/decode_attention/attend.cuh",
+        "p.skipped_mean ? logarithm(static_cast<A>(count)) : A{0}",
+        "A{0}",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "the entry's logit is not capped",
+        "kernels/cuda/decode_attention/attend.cuh",
+        "    if (softcap != 0) logit = softcap",
+        "    if (false) logit = softcap",
+        ("fsdc_simt_plain: decode_attention: logit rules",),
+    ),
+    Edit(
+        "query heads take the sinks of another KV head",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "row.h * group + g",
+        "row.h + g",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "the lost attention is that of all query heads together",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "lost / static_cast<A>(group)",
+        "lost",
+        (GPU_EVICTION,),
+    ),
+    Edit(
+        "scores do not decay",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "add(multiply(p.decay, score), received)",
+        "add(score, received)",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "redundancy forgets a cosine that is no number",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "cosine > redundancy || cosine != cosine",
+        "cosine > redundancy",
+        (GPU_EVICTION,),
+    ),
+    Edit(
+        "a hole that is filled counts as an evicted token",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "p.skipped_count != nullptr && is_token",
+        "p.skipped_count != nullptr && (is_token || true)",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "the new token is rated without the norm of its value",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "rule.candidate(score, token.weight,",
+        "rule.candidate(score, 1.0f,",
+        (GPU_EVICTION,),
+    ),
+    Edit(
+        "who goes is sought among the slots of a cluster's first block",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "block < blocks; ++block) goes",
+        "block < blocks && block < 1; ++block) goes",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "the position of the new token says how many heads have read it",
+        "kernels/cuda/decode_attention/finish.cuh",
+        "found & ((1u << plan.seen_shift) - 1)",
+        "found",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "of equal scores the first slot goes, not the oldest token",
+        "kernels/cuda/decode_attention/evict.cuh",
+        "b.code < a.code || (b.code == a.code && b.slot < a.slot)",
+        "b.code >> 32 < a.code >> 32 || (b.code >> 32 == a.code >> 32 && b.slot < a.slot)",
+        (GPU_EVICTION,),
+    ),
+    Edit(
+        "who goes is not sought by a block's last warp",
+        "kernels/cuda/decode_attention/evict.cuh",
+        "warp < kWarps; ++warp) candidate",
+        "warp < kWarps - 1; ++warp) candidate",
+        (GPU_DECODE,),
+    ),
+    Edit(
+        "heads with slots of their own protect as many recent tokens as all",
+        "kernels/cuda/decode_attention/row.cuh",
+        "layout == nullptr ? p.recent_tokens : layout[3]",
+        "p.recent_tokens",
+        (GPU_UNEQUAL,),
+    ),
+    Edit(
+        "facts of batch rows are taken for neighbours",
+        "kernels/cuda/decode_attention/row.cuh",
+        "first(p.fact_batch_stride, p.fact_head_stride, 1)",
+        "first(p.heads * p.fact_head_stride, p.fact_head_stride, 1)",
+        (GPU_STRIDES,),
+    ),
+    Edit(
+        "whether a row is padding is asked of its neighbour",
+        "kernels/cuda/decode_attention/row.cuh",
+        "p.valid[batch * p.valid_stride]",
+        "p.valid[batch]",
+        (GPU_STRIDES,),
     ),
     # ---- argument rules ----------------------------------------------------------------------------------------------
     Edit(

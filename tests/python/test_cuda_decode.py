@@ -79,6 +79,15 @@ def test_steps_of_the_cpu():
     assert_same_step(case, other)
 
 
+def test_more_tokens_than_seen_can_count_are_refused():
+    case = random_case(**EQUAL, device="cuda")
+    before = case.clone()
+    text = r"^decode_attention_: length must be below 2\^29 on CUDA with 8 KV heads; got 536870912$"
+    with pytest.raises(RuntimeError, match=text):
+        case.with_(length=2**29).run()
+    assert_all_same_bits(state(case), state(before))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
 def test_runs_on_the_device_of_its_inputs():
     with torch.cuda.device(0):

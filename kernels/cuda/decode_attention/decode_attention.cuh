@@ -2,7 +2,6 @@
 // The kernel of decode_attention.cu (see there) and how it is launched.
 #pragma once
 
-#include <bit>
 #include <limits>
 
 #include "attend.cuh"
@@ -100,8 +99,7 @@ cudaError_t launch_decode_attention_kernel(const DecodeAttentionParams& params, 
   const int pack = pack_of(params);
   DecodeLaunch launched{.phase = plan.is_split ? DecodePhase::kAttend : DecodePhase::kWhole,
                         .cluster = plan.cluster,
-                        .seen_shift = static_cast<uint32_t>(
-                            std::min<int64_t>(32 - std::bit_width(static_cast<uint64_t>(params.heads - 1)), 31)),
+                        .seen_shift = position_bits(params),
                         .run_tokens = plan.run_tokens,
                         .runs_per_batch_row = runs_per_batch_row(params, plan),
                         .key_lanes = lanes_of(params.keys.dim, pack),
@@ -112,6 +110,7 @@ cudaError_t launch_decode_attention_kernel(const DecodeAttentionParams& params, 
   const int64_t rows = params.batch * params.heads;
   const int64_t blocks = plan.is_split ? params.batch * launched.runs_per_batch_row : rows * plan.cluster;
   const bool fits = blocks <= std::numeric_limits<int32_t>::max() &&  // a grid
+                    params.length >> launched.seen_shift == 0 &&
                     params.group * std::max(launched.shared.row_stride, params.values.dim) < int64_t{1} << 30;
   if (!fits) return cudaErrorInvalidValue;
   Grid grid{.blocks = static_cast<unsigned>(blocks),

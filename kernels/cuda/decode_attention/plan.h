@@ -121,6 +121,12 @@ inline int64_t scratch_bytes(const DecodeAttentionParams& params, const DecodePl
          accumulator_bytes(params);
 }
 
+// `seen` holds the position of a new token in so many bits, and above them how many heads have read it (finish.cuh).
+inline uint32_t position_bits(const DecodeAttentionParams& params) {
+  const auto counter_bits = static_cast<uint32_t>(std::bit_width(static_cast<uint64_t>(params.heads - 1)));
+  return std::min(32 - counter_bits, uint32_t{31});
+}
+
 // Enough blocks to keep every multiprocessor loading, each with enough tokens to be worth it, and so few tokens that
 // two blocks find room beside each other. A cluster where the device has them; but the blocks of a cluster end
 // together, so where heads have slots of their own, rows are split: long heads get more blocks, not longer ones.

@@ -89,7 +89,7 @@ struct DecodeStep {
       for (int64_t j = 0; j < is.slots; ++j) {
         const bool is_empty = j >= in_use() || (is.has_holes && (j * 7 + row / is.heads) % 5 == 0);
         if (is_empty) fact(kScores, row, j) = -std::numeric_limits<float>::infinity();
-        if (!is_empty) positions[at(row, j)] = int32_t((j * 13) % in_use());  // slots are not in token order
+        if (!is_empty) positions[at(row, j)] = int32_t((j * 13 + 7) % in_use());  // slots are not in token order
       }
     }
     for (int32_t& tokens : seen) tokens = int32_t(is.length);
