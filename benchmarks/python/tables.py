@@ -70,9 +70,11 @@ def generate() -> str:
     return _table(head, rows) + f"\n\nMedians of both taking turns; {where}."
 
 
+NOISE = "± one standard error, in brackets where the difference is below two"
 DEFAULT = "gamma = 1 - 4/C, p = 0.02, rho = 0.95"  # names of benchmarks/quality/real_rules.py
 PLAIN = "gamma = 1 - 2/C, p = 0, rho = 0"
 LARGER_PRIOR = "gamma = 1 - 4/C, p = 0.05, rho = 0.95"
+MEAN = "mean over the queries that saw it"
 UNEQUAL = "unequal, floor C/4: "
 REAL = {  # and what the tables call them
     "full cache": "full cache",
@@ -90,7 +92,7 @@ BY_PROFILE = {
     "unequal, floor C/8: " + DEFAULT: "heads by the profile, at least C/8",
     UNEQUAL + LARGER_PRIOR: "C/4, within a head p = 0.05",
     UNEQUAL + PLAIN: f"C/4, within a head {PLAIN}",
-    UNEQUAL + "mean over the queries that saw it": "C/4, within a head the mean over the queries that saw a token",
+    UNEQUAL + MEAN: "C/4, within a head the mean over the queries that saw a token",
     **{
         f"unequal, floor C/4, profile of {what}": f"C/4, profile of {what}"
         for what in ("the first text", "the second text", "half as many tokens", "random ids", "other random ids")
@@ -170,7 +172,7 @@ def presses() -> str:
     head = [f"of {sum(full['asked'])} facts", *(f"right, C={C}" for C in sizes), *(f"KL, C={C}" for C in sizes)]
     return _table([*head, "to heads of one size"], rows) + (
         f"\n\nThe first {texts} of these texts, of which the full cache answers {sum(full['right'])}; kvpress "
-        f"{result['kvpress']}, ± one standard error, in brackets where the difference is below two."
+        f"{result['kvpress']}, {NOISE}."
     )
 
 
@@ -201,7 +203,7 @@ def real_rules() -> str:
     ]
     return _table(head, rows) + (
         f"\n\n{_told(found)}; the full cache answers {sum(full['right'])} of {sum(full['asked'])}. To the default: at "
-        "C=128 and 256, ± one standard error, in brackets where the difference is below two."
+        f"C=128 and 256, {NOISE}."
     )
 
 
@@ -239,16 +241,19 @@ def real_measures() -> str:
     """The other measures: a stream, longer texts, a dialogue."""
     stream, long, talk = _real("stream"), _real("long"), _real("dialogue")
     rows, shown = [], {**REAL, UNEQUAL + DEFAULT: "**default, heads by the profile**"}
-    equal = DEFAULT, LARGER_PRIOR, PLAIN, "accumulated attention (H2O)", "4 sinks and last tokens"
+    equal = DEFAULT, LARGER_PRIOR, PLAIN, MEAN, "accumulated attention (H2O)", "4 sinks and last tokens"
     for name in ("full cache", *equal, UNEQUAL + DEFAULT):
         sized = [(name, None if name == "full cache" else C) for C in (128, 256, 512)]
-        cells = [_kl(stream.get(sized[0])), _kl(long.get(sized[1])), _kl(long.get(sized[2]))]
+        cells = [_kl(stream.get(sized[0])), "", _kl(long.get(sized[1])), _kl(long.get(sized[2]))]
+        if name != DEFAULT and sized[0] in stream:
+            cells[1] = _difference(noise.of_divergence([stream[sized[0]]], [stream[DEFAULT, 128]], "kl"), "%")
         cells += [_facts(long.get(sized[1])), _facts(long.get(sized[2])), _facts(talk.get(sized[1]))]
         rows.append([shown.get(name, name), *cells])
     asked = [sum(each["full cache", None]["asked"]) for each in (long, talk)]
     head = [
         "rule",
         "KL, stream, C=128",
+        "to the default",
         "KL, long, C=256",
         "C=512",
         f"of {asked[0]} facts, long, C=256",
@@ -256,7 +261,7 @@ def real_measures() -> str:
         f"of {asked[1]} facts, dialogue, C=256",
     ]
     said = f"Stream: {len(stream[PLAIN, 128]['kl'])} texts. Long: {_told(long)}. Dialogue: {_told(talk)}."
-    return _table(head, rows) + f"\n\n{said} Empty: not measured."
+    return _table(head, rows) + f"\n\n{said} Empty: not measured. To the default: {NOISE}."
 
 
 def prompt() -> str:
@@ -379,8 +384,7 @@ def rivals() -> str:
     head = ["rule", "recall", "recall, to the default", "KL, to the default"]
     return _table(head, rows) + (
         f"\n\n{result['texts']} texts of each task, {result['stories']} stories, none of them those that the defaults "
-        "were chosen on; means over tasks and sizes, of KL the geometric one; ± one standard error, in brackets where "
-        "the difference is below two."
+        f"were chosen on; means over tasks and sizes, of KL the geometric one; {NOISE}."
     )
 
 

@@ -35,6 +35,9 @@ class Dtype(str, Enum):
 Stdin = Annotated[str | None, typer.Argument(metavar="[-]", help="- reads the text from standard input.")]
 Model = Annotated[str | None, typer.Option(help="Folder or Hub name; else the embedded model.")]
 CacheSize = Annotated[int, typer.Option(min=1, help="Tokens per layer and KV head.")]
+HeadProfile = Annotated[
+    str | None, typer.Option(help="Give KV heads sizes of their own: a file of fsdc profile, or auto to profile now.")
+]
 Prompt = Annotated[str | None, typer.Option(help="The text to read.")]
 PromptFile = Annotated[Path | None, typer.Option(help="A file with that text, - for standard input.")]
 DtypeOfWeights = Annotated[Dtype, typer.Option("--dtype", help="Type of the weights; auto: as saved.")]
@@ -88,6 +91,7 @@ def generate(
     stdin: Stdin = None,
     model: Model = None,
     cache_size: CacheSize = 1024,
+    head_profile: HeadProfile = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 128,
@@ -102,7 +106,9 @@ def generate(
     with _refusals("generate"):
         from fixed_size_kv_cache.cli import generate as generation
 
-        generation.run(model, cache_size, text, max_new_tokens, chat, dtype.value, device, compare, as_json)
+        generation.run(
+            model, cache_size, head_profile, text, max_new_tokens, chat, dtype.value, device, compare, as_json
+        )
 
 
 @app.command()
@@ -110,6 +116,7 @@ def perplexity(
     stdin: Stdin = None,
     model: Model = None,
     cache_size: CacheSize = 1024,
+    head_profile: HeadProfile = None,
     prompt: Prompt = None,
     prompt_file: PromptFile = None,
     chunk_size: Annotated[int | None, typer.Option(min=1, help="Tokens at a time; else a 16th of the cache.")] = None,
@@ -123,7 +130,7 @@ def perplexity(
     with _refusals("perplexity"):
         from fixed_size_kv_cache.cli import perplexity as measuring
 
-        measuring.run(model, cache_size, text, chunk_size, dtype.value, device, compare, as_json)
+        measuring.run(model, cache_size, head_profile, text, chunk_size, dtype.value, device, compare, as_json)
 
 
 @app.command()

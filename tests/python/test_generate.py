@@ -105,6 +105,26 @@ def test_a_cache_that_holds_all_writes_what_the_stock_cache_writes(folder):
     assert len(done.stdout.split()) == 40
 
 
+def test_heads_of_sizes_of_their_own(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSDC_PROFILES", str(tmp_path / "kept"))
+    prompt = ["--prompt", " ".join(["the old fox walks to the river ."] * 20)]
+    rest = ["--model", folder, "--cache-size", "24", *prompt, "--max-new-tokens", "30"]
+    equal, unequal = (run(*rest, *more, "--json") for more in ([], ["--head-profile", "auto"]))
+    assert unequal.exit_code == 0, unequal.stderr
+    before, found = json.loads(equal.stdout), json.loads(unequal.stdout)
+    assert found["tokens_held"] == before["tokens_held"] == 24 and found["heads_differ"] and not before["heads_differ"]
+    assert found["full_cache_bytes"] == before["full_cache_bytes"]
+    assert found["tokens"] != before["tokens"]
+    (kept,) = (tmp_path / "kept").iterdir()
+    by_file = run(*rest, "--head-profile", str(kept))
+    assert by_file.stdout.rstrip("\n") == found["text"]
+    assert "189 tokens seen, 24 held by each layer and KV head on average; cache " in by_file.stderr
+    other = run(*prompt, "--head-profile", str(kept))
+    assert other.exit_code == 1 and "head_profile must be of the same model" in other.stderr
+    none = run(*prompt, "--head-profile", str(tmp_path / "none.json"))
+    assert none.exit_code == 1 and f"fsdc generate: --head-profile {tmp_path}/none.json: " in none.stderr
+
+
 def test_chat(folder):
     done = run("--model", folder, "--chat", "--prompt", "the code of maple", "--max-new-tokens", "3", "--json")
     assert json.loads(done.stdout)["prompt_tokens"] == 7

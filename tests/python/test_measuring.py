@@ -114,7 +114,7 @@ def test_perplexity_checks_its_arguments():
         perplexity(model, tokens(1, 9), budget=12)
 
 
-def test_the_command():
+def test_the_command(tmp_path, monkeypatch):
     text = "the code of maple is 47 . the old fox walks to the river . what is the code of maple ? 47"
     run = CliRunner().invoke(app, ["perplexity", "--prompt", text, "--cache-size", "8", "--compare", "--json"])
     assert run.exit_code == 0, run.output
@@ -123,5 +123,12 @@ def test_the_command():
     assert facts["perplexity"] != facts["perplexity_of_all"] and facts["tokens"] > 20
     plain = CliRunner().invoke(app, ["perplexity", "--prompt", text, "--cache-size", "8"])
     assert f"perplexity {facts['perplexity']:.3f}" in plain.stdout
+    monkeypatch.setenv("FSDC_PROFILES", str(tmp_path))
+    unequal = CliRunner().invoke(
+        app, ["perplexity", "--prompt", text, "--cache-size", "8", "--head-profile", "auto", "--json"]
+    )
+    assert unequal.exit_code == 0 and len(list(tmp_path.iterdir())) == 1
+    found = json.loads(unequal.stdout)
+    assert found["perplexity"] not in (facts["perplexity"], facts["perplexity_of_all"])
     refused = CliRunner().invoke(app, ["perplexity", "--prompt", "zebra"])
     assert refused.exit_code == 1 and "fsdc perplexity: the embedded model knows" in refused.stderr

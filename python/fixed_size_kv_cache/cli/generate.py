@@ -25,7 +25,7 @@ from ..dynamic_cache import FixedSizeDynamicCache
 from ..layer.layer import FixedSizeLayer
 from ..recall import MODEL, one_thread
 from ..settings import FixedSizeCacheConfig
-from .load_model import Refused, learned_positions, load, one_line
+from .load_model import Refused, learned_positions, load, load_profile, one_line
 
 CHUNK = 512  # tokens of a prompt that are read at a time, at least
 # What torch's allocators say, of the CPU and of CUDA; only the latter has a class of its own.
@@ -39,14 +39,16 @@ class Written:
     tokens: list[int]
     text: str
     tokens_seen: int
-    tokens_held: int
+    tokens_held: int  # by a KV head, on average
+    heads_differ: bool
     cache_bytes: int
     full_cache_bytes: int
     tokens_per_second: float
 
     def line(self) -> str:
+        on_average = " on average" if self.heads_differ else ""
         return (
-            f"{self.tokens_seen} tokens seen, {self.tokens_held} held by each layer and KV head; "
+            f"{self.tokens_seen} tokens seen, {self.tokens_held} held by each layer and KV head{on_average}; "
             f"cache {decimal(self.cache_bytes)} allocated, in full {decimal(self.full_cache_bytes)}; "
             f"{self.tokens_per_second:.1f} tokens/s"
         )
@@ -97,26 +99,37 @@ def write(model: Any, tokenizer: Any, ids: Tensor, cache: Any, max_new_tokens: i
         )
         seconds = time.perf_counter() - began
     new = out[0, ids.shape[1] :].tolist()
-    seen, held, now, full = tokens_and_bytes(cache)
-    return Written(new, tokenizer.decode(new, skip_special_tokens=True), seen, held, now, full, len(new) / seconds)
+    held, now, full = tokens_and_bytes(cache)
+    return Written(
+        tokens=new,
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        tokens_seen=cache.get_seq_length(),
+        tokens_held=sum(held) // len(held),
+        heads_differ=len(set(held)) > 1,
+        cache_bytes=now,
+        full_cache_bytes=full,
+        tokens_per_second=len(new) / seconds,
+    )
 
 
-def tokens_and_bytes(cache: Any) -> tuple[int, int, int, int]:
-    """Tokens seen, the most that a layer that could grow holds, and bytes: all that the cache has allocated, and the
-    keys and values if nothing were evicted. Layers with a window, or without keys, are the same in both."""
-    seen, held, now, full = cache.get_seq_length(), 0, 0, 0
+def tokens_and_bytes(cache: Any) -> tuple[list[int], int, int]:
+    """Tokens of each KV head that could grow, and bytes: all that the cache has allocated, and the keys and values if
+    nothing were evicted. Layers with a window, or without keys, are the same in both."""
+    held, now, full = [], 0, 0
     for layer in cache.layers:
-        own = isinstance(layer, FixedSizeLayer)
-        pair = layer.held() if own else (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if pair[0] is None or pair[0].numel() == 0:
-            continue
-        count = sum(x.numel() * x.element_size() for x in pair)
-        now += count
-        if own or type(layer) is DynamicLayer:
-            held = max(held, pair[0].shape[2])
-            count = count // pair[0].shape[2] * seen
-        full += count
-    return seen, held, cache.nbytes if isinstance(cache, FixedSizeDynamicCache) else now, full
+        if isinstance(layer, FixedSizeLayer):
+            heads = (layer.positions[0] >= 0).sum(-1).tolist()
+            per_token = sum(
+                x.shape[-1] * x.element_size() for x in (layer.slots.tokens.keys, layer.slots.tokens.values)
+            )
+            held += heads
+            full += len(heads) * cache.get_seq_length() * per_token
+        elif getattr(layer, "keys", None) is not None and layer.keys.numel():
+            if type(layer) is DynamicLayer:
+                held += [layer.keys.shape[2]] * layer.keys.shape[1]
+            now += layer.keys.nbytes + layer.values.nbytes
+            full += layer.keys.nbytes + layer.values.nbytes
+    return held, cache.nbytes if isinstance(cache, FixedSizeDynamicCache) else now, full
 
 
 def first_difference(ours: list[int], full: list[int]) -> int | None:
@@ -131,7 +144,7 @@ def _read(model: Any, ids: Tensor, cache: Any) -> None:
         return
     chunk = CHUNK
     if isinstance(cache, FixedSizeDynamicCache):
-        chunk = max(chunk, cache.settings.cache_size)
+        chunk = max(chunk, cache.settings.average_size)
     can_skip = "logits_to_keep" in inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if can_skip else {}  # nobody looks at the logits of a prompt
     with progress(ids.shape[1], hidden=ids.shape[1] <= chunk) as advance:
@@ -154,6 +167,7 @@ def progress(total: int, hidden: bool) -> Iterator[Any]:
 def run(
     name: str | None,
     cache_size: int,
+    head_profile: str | None,
     prompt: str,
     max_new_tokens: int,
     chat: bool,
@@ -176,12 +190,13 @@ def run(
         model, tokenizer = load(name, dtype, device)
         ids = encode(tokenizer, prompt, chat, embedded=name is None)
         _check_positions(model, ids.shape[1], max_new_tokens)
-        cache = FixedSizeDynamicCache(config=model.config, settings=settings)
-        if not any(isinstance(layer, FixedSizeLayer) for layer in cache.layers):
+        equal = FixedSizeDynamicCache(config=model.config, settings=settings)
+        if not any(isinstance(layer, FixedSizeLayer) for layer in equal.layers):
             raise Refused(
                 f"--model must have a cache of keys and values that grows; {model.config.model_type} has none"
             )
-        with enable(model, settings=settings):
+        with enable(model, settings=settings, head_profile=load_profile(head_profile, model)) as handle:
+            cache = FixedSizeDynamicCache(config=model.config, settings=handle.settings)
             ours = write(model, tokenizer, ids, cache, max_new_tokens, show=not as_json)
         full = None
         if compare:

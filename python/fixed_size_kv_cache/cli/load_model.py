@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model and tokenizer of ``fsdc generate``, and what it says of those that it cannot use."""
+"""The model and tokenizer of ``fsdc generate``, the profile of its heads, and what it says of those it cannot use."""
 
 import sys
 from pathlib import Path
@@ -16,8 +16,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
 )
+from transformers.utils import logging
 
 from ..dynamic_cache import trained_positions
+from ..head_profile import HeadProfile
 from ..recall import MODEL
 
 
@@ -57,6 +59,26 @@ def load(name: str | None, dtype: str, device: str) -> tuple[Any, Any]:
                 f"--model must be of a family that transformers has; {where} brings code of its own"
             ) from error
         raise Refused(f"--model {where}: {one_line(error)}") from error
+
+
+def load_profile(given: str | None, model: Any) -> HeadProfile | None:
+    """What ``--head-profile`` means: a file, or "auto" for a profile made now, or kept since it was.
+
+    Raises:
+        Refused: for a file that is none, and for a model that cannot be profiled.
+    """
+    if given is None:
+        return None
+    from ..huggingface.kept_profiles import kept_profile
+
+    if sys.stderr.isatty():
+        logging.enable_progress_bar()  # it takes seconds to a minute
+    try:
+        return kept_profile(model) if given == "auto" else HeadProfile.load(given)
+    except (NotImplementedError, OSError, ValueError) as error:
+        raise Refused(f"--head-profile {given}: {one_line(error)}") from error
+    finally:
+        logging.disable_progress_bar()
 
 
 def learned_positions(model: Any) -> int | None:

@@ -10,12 +10,13 @@ from rich.progress import track
 
 from ..compat.versions import OLDEST_INTERFACE, has_interface
 from .generate import encode
-from .load_model import Refused, learned_positions, load, one_line
+from .load_model import Refused, learned_positions, load, load_profile, one_line
 
 
 def run(
     name: str | None,
     cache_size: int,
+    head_profile: str | None,
     text: str,
     chunk_size: int | None,
     dtype: str,
@@ -37,9 +38,10 @@ def run(
         raise Refused(f"the text must fit the {positions} positions that the model has learned; got {count} tokens")
     bar = functools.partial(track, description="reading", console=Console(stderr=True), transient=True)
     chunk_size = chunk_size or default_chunk_size(model, cache_size)
+    profile = load_profile(head_profile, model)
     options = dict(chunk_size=chunk_size, progress=bar if sys.stderr.isatty() else None)
     try:
-        facts = {"perplexity": perplexity(model, ids, cache_size, **options)}
+        facts = {"perplexity": perplexity(model, ids, cache_size, head_profile=profile, **options)}
         if compare:
             facts["perplexity_of_all"] = perplexity(model, ids, max(count, cache_size), **options)
     except (NotImplementedError, ValueError) as error:
