@@ -121,11 +121,11 @@ def test_a_model_with_windows(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("version", ["0.12.0", "0.3.2", "dev"])
+@pytest.mark.parametrize("version", ["0.30.0", "0.33.0", "0.3.2", "dev"])
 def test_other_versions(version):
     refusals.refuse_version(vllm.__version__)
-    refusals.refuse_version("0.32.3")
-    with pytest.raises(ImportError, match=rf"vLLM must be 0\.32; got {re.escape(version)}"):
+    refusals.refuse_version("0.31.3")
+    with pytest.raises(ImportError, match=rf"vLLM must be 0\.31 or 0\.32; got {re.escape(version)}"):
         refusals.refuse_version(version)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..settings import FixedSizeCacheConfig
 
-MINORS = ("0.32",)  # of vLLM, with which all this was run; what it builds on moves from one to the next
+MINORS = ("0.31", "0.32")  # of vLLM, with which all this was run; what it builds on moves from one to the next
 MODEL_TYPES = {  # what can be in hf_overrides, and of which type the model must be
     "FixedSizeLlamaForCausalLM": "llama",
     "FixedSizeQwen2ForCausalLM": "qwen2",
