@@ -60,6 +60,9 @@ OPTIONS = [
     (dict(compilation_config={"cudagraph_mode": "PIECEWISE"}), "cudagraph_mode must be NONE"),
     (dict(max_num_batched_tokens=16, max_num_seqs=16), "prefill_chunk_size must be at most the 16 tokens of a step"),
     (dict(long_prefill_token_threshold=16), "prefill_chunk_size must be at most the 16 tokens of a step"),
+    (dict(block_size=16), "block_size must be prefill_chunk_size, 32"),
+    (dict(mamba_block_size=16, enable_prefix_caching=True), "mamba_block_size must be prefill_chunk_size, 32"),
+    (dict(mamba_cache_mode="all"), "mamba_cache_mode"),  # which 0.32 itself no longer has
     (dict(prefix_match_unit=16), "prefix_match_unit must be prefill_chunk_size, 32"),
     (dict(fsdc=None), "additional_config must have the settings of the cache under 'fsdc'"),
     (dict(fsdc={"size": 3}), "additional_config['fsdc'] takes cache_size"),
