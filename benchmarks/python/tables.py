@@ -328,7 +328,7 @@ def serving() -> str:
     names, rounds = result["requests_that_fit"], min(len(x["step_seconds"]) for x in engines)
     head = ["tokens of a prompt", "requests"]
     head += [f"{what}, {name}" for what in ("prefill, tokens per second", "decode, a step") for name in names]
-    fit = " and ".join(f"{count:.0f} ({name})" for name, count in names.items())
+    fit = " and ".join(f"{int(count)} ({name})" for name, count in names.items())
     where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}, vLLM {result['vllm']}"
     return _table(head, rows) + (
         f"\n\n12 layers of 512, float32, C={result['cache_size']}; both engines taking turns, medians of {rounds}; "
