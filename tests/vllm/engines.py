@@ -20,8 +20,8 @@ MEMORY = 64 << 20
 @contextmanager
 def stock(folder: Path, **options) -> Iterator[LLM]:
     """vLLM as it is, small."""
-    defaults = dict(dtype="float32", max_model_len=512, max_num_seqs=4, kv_cache_memory_bytes=MEMORY)
-    llm = LLM(str(folder), skip_tokenizer_init=True, enforce_eager=True, **defaults | options)
+    sizes = dict(max_model_len=512, max_num_seqs=4, kv_cache_memory_bytes=MEMORY)
+    llm = LLM(str(folder), skip_tokenizer_init=True, **dict(dtype="float32", enforce_eager=True) | sizes | options)
     try:
         yield llm
     finally:
@@ -57,15 +57,22 @@ def tokens(llm: LLM, prompts: list[list[int]], count: int) -> list[list[int]]:
     return [list(answer.outputs[0].token_ids) for answer in run(llm, prompts, count)]
 
 
-def expected_tokens(
+def expected_logits(
     folder: Path, prompts: list[list[int]], count: int, cache_size: int, prefill_chunk_size: int = 32
-) -> list[list[int]]:
-    """What transformers says with the same cache, which cuts prompts at the same places."""
+) -> list[torch.Tensor]:
+    """Of each greedy token, ``[count, vocabulary]``, in transformers with the same cache and the same cuts."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
     enable(model, cache_size=cache_size, prefill_chunk_size=prefill_chunk_size)
-    answers = []
+    options = dict(max_new_tokens=count, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
-        answers.append(made[0, len(prompt) :].tolist())
-    return answers
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        found.append(torch.cat(made.logits))
+    return found
+
+
+def expected_tokens(*arguments) -> list[list[int]]:
+    """The greedy tokens of :func:`expected_logits`."""
+    return [logits.argmax(-1).tolist() for logits in expected_logits(*arguments)]

@@ -4,10 +4,8 @@ those of the stock engine where nothing is evicted."""
 
 import pytest
 import torch
-from engines import capped, random_prompts, run, stock
+from engines import capped, expected_logits, random_prompts, run, stock
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
-
-from fixed_size_kv_cache import enable
 
 VOCABULARY, COUNT = 256, 20
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=128, num_hidden_layers=2, head_dim=32)
@@ -34,22 +32,11 @@ def logprobs(llm) -> list[torch.Tensor]:
     ]
 
 
-def expected_logprobs(folder, cache_size: int) -> list[torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    enable(model, cache_size=cache_size, prefill_chunk_size=32)
-    found = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        options = dict(max_new_tokens=COUNT, do_sample=False, return_dict_in_generate=True, output_logits=True)
-        made = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        found.append(torch.cat(made.logits).log_softmax(-1))
-    return found
-
-
 def test_logits_are_those_of_transformers(folder):
     with capped(folder, 32, max_logprobs=VOCABULARY) as llm:
         found = logprobs(llm)
-    torch.testing.assert_close(found, expected_logprobs(folder, 32), rtol=0, atol=1e-3)
+    expected = [logits.log_softmax(-1) for logits in expected_logits(folder, PROMPTS, COUNT, 32)]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
 def test_a_cache_larger_than_the_text_is_the_stock_cache(folder):

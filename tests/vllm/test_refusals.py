@@ -60,6 +60,9 @@ OPTIONS = [
     (dict(compilation_config={"cudagraph_mode": "PIECEWISE"}), "cudagraph_mode must be NONE"),
     (dict(max_num_batched_tokens=16, max_num_seqs=16), "prefill_chunk_size must be at most the 16 tokens of a step"),
     (dict(long_prefill_token_threshold=16), "prefill_chunk_size must be at most the 16 tokens of a step"),
+    (dict(block_size=16), "block_size must be prefill_chunk_size, 32"),
+    (dict(mamba_block_size=16, enable_prefix_caching=True), "mamba_block_size must be prefill_chunk_size, 32"),
+    (dict(mamba_cache_mode="all"), "mamba_cache_mode"),  # which 0.32 itself no longer has
     (dict(prefix_match_unit=16), "prefix_match_unit must be prefill_chunk_size, 32"),
     (dict(fsdc=None), "additional_config must have the settings of the cache under 'fsdc'"),
     (dict(fsdc={"size": 3}), "additional_config['fsdc'] takes cache_size"),
@@ -121,11 +124,11 @@ def test_a_model_with_windows(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("version", ["0.12.0", "0.3.2", "dev"])
+@pytest.mark.parametrize("version", ["0.30.0", "0.33.0", "0.3.2", "dev"])
 def test_other_versions(version):
     refusals.refuse_version(vllm.__version__)
-    refusals.refuse_version("0.32.3")
-    with pytest.raises(ImportError, match=rf"vLLM must be 0\.32; got {re.escape(version)}"):
+    refusals.refuse_version("0.31.3")
+    with pytest.raises(ImportError, match=rf"vLLM must be 0\.31 or 0\.32; got {re.escape(version)}"):
         refusals.refuse_version(version)
 
 

@@ -36,6 +36,16 @@ def test_load_does_not_change_what_is_evicted():
     assert all(found == alone for found in answers.values())
 
 
+@pytest.mark.timeout(1200)
+def test_compiled(monkeypatch, tmp_path):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # nothing compiled is there
+    prompts = random_prompts(LENGTHS)
+    with capped(MODEL, 32, enforce_eager=False) as llm:
+        found = tokens(llm, prompts, 60)
+    assert any(tmp_path.rglob("torch_compile_cache"))
+    assert found == expected_tokens(MODEL, prompts, 60, 32)
+
+
 def test_a_prompt_that_begins_like_another_goes_on_from_its_state():
     (long,) = random_prompts([150])
     prompts = [long, long, long[:140] + long[:30]]

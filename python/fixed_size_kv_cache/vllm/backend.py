@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from torch import Tensor
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor
 
@@ -21,6 +22,7 @@ class Request(NamedTuple):
 @dataclass
 class Metadata:
     requests: list[Request]
+    seen: Tensor  # int32, of each, for the operators
 
 
 class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
@@ -40,7 +42,7 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
                 blocks.tolist(), starts[:-1], starts[1:], lengths, prompts, strict=True
             )
         ]
-        return Metadata(requests)
+        return Metadata(requests, of.seq_lens - of.query_start_loc.diff())
 
 
 class FixedSizeBackend(AttentionBackend):

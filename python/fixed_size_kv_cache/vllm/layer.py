@@ -15,7 +15,7 @@ from .backend import FixedSizeBackend, Metadata
 from .blocks import StateSpec
 from .config import read_chunk_size, read_config
 from .refusals import refuse_memory
-from .state import RequestState, state_dtypes, state_shapes
+from .state import RequestState, as_tokens, state_dtypes, state_shapes
 
 
 class FixedSizeAttention(nn.Module, MambaBase):
@@ -56,6 +56,7 @@ class FixedSizeAttention(nn.Module, MambaBase):
         """Takes the memory of all states, of which a request has two where it goes on to another block."""
         refuse_memory(kv_cache.shape[0], self.max_num_seqs)
         super().bind_kv_cache(kv_cache)
+        self.states = as_tokens(self.kv_cache)
 
     def get_attn_backend(self) -> type[FixedSizeBackend]:
         return FixedSizeBackend
@@ -70,19 +71,20 @@ class FixedSizeAttention(nn.Module, MambaBase):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, output: Tensor, metadata: Metadata) -> None:
         """Request by request, each on its own state."""
-        query = query.view(-1, self.num_heads, self.head_size)
-        key = key.view(-1, self.num_kv_heads, self.head_size)
-        value = value.view(-1, self.num_kv_heads, self.head_size_v)
-        output = output.view(-1, self.num_heads, self.head_size_v)
-        for request in metadata.requests:
+        query = query.view(-1, self.num_heads, 1, self.head_size)
+        key = key.view(-1, self.num_kv_heads, 1, self.head_size)
+        value = value.view(-1, self.num_kv_heads, 1, self.head_size_v)
+        output = output.view(-1, self.num_heads, 1, self.head_size_v)
+        seen = metadata.seen.clone()  # the operators count in it
+        for i, request in enumerate(metadata.requests):
             tokens = slice(request.start, request.stop)
-            new = [x[tokens].transpose(0, 1)[None] for x in (query, key, value)]  # [1, heads, tokens, D]
-            state = RequestState(self.kv_cache, request.block, request.seen, self.settings)
+            new = query[tokens], key[tokens], value[tokens]  # [tokens, heads, 1, D]
+            state = RequestState(self.states, request.block, request.seen, seen[i : i + 1], self.settings)
             if request.is_prompt:
-                attended = state.read(*new, self.rule, self.chunk_size)
+                new = (x.transpose(0, 2) for x in new)  # [1, heads, tokens, D]
+                output[tokens] = state.read(*new, self.rule, self.chunk_size).transpose(0, 2)
             else:
-                attended = state.decode(*new, self.rule)
-            output[tokens] = attended[0].transpose(0, 1)
+                output[tokens] = state.decode(*new, self.rule)
 
 
 def fixed_size_attention(query: Tensor, key: Tensor, value: Tensor, output: Tensor, layer_name: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..settings import FixedSizeCacheConfig
 
-MINORS = ("0.32",)  # of vLLM, with which all this was run; what it builds on moves from one to the next
+MINORS = ("0.31", "0.32")  # of vLLM, with which all this was run; what it builds on moves from one to the next
 MODEL_TYPES = {  # what can be in hf_overrides, and of which type the model must be
     "FixedSizeLlamaForCausalLM": "llama",
     "FixedSizeQwen2ForCausalLM": "qwen2",
@@ -54,8 +54,12 @@ def refuse_surroundings(vllm_config: Any, chunk: int) -> None:
     scheduler, together = vllm_config.scheduler_config, "so that load does not decide where a prompt is cut"
     most = min(scheduler.max_num_batched_tokens, scheduler.long_prefill_token_threshold or chunk)
     _require(chunk <= most, "prefill_chunk_size", f"at most the {most} tokens of a step, {together}", chunk)
-    unit = cache.prefix_match_unit
-    _require(unit in (None, chunk), "prefix_match_unit", f"prefill_chunk_size, {chunk}, {together}", unit)
+    block = cache.block_size if cache.user_specified_block_size else chunk
+    units = dict(block_size=block, mamba_block_size=cache.mamba_block_size, prefix_match_unit=cache.prefix_match_unit)
+    for name, size in units.items():
+        _require(size in (None, chunk), name, f"prefill_chunk_size, {chunk}, {together}", size)
+    mode = cache.mamba_cache_mode
+    _require(mode in ("none", "align"), "mamba_cache_mode", f"align, {together}", mode)
 
 
 def refuse_quantized(cache_dtype: str, dtype: Any) -> None:

@@ -22,6 +22,12 @@ def state_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     return torch.int32, torch.float32, dtype, dtype
 
 
+def as_tokens(states: tuple[Tensor, ...]) -> Tokens:
+    """Of many requests, each a row of the batch."""
+    positions, facts, keys, values = states
+    return Tokens(keys, values, facts.transpose(0, 1), positions)
+
+
 class StateSlots(Slots):
     """Slots at their full size in memory that is there. What an earlier request left in them does not matter: the
     first ``T`` are in use, all others are made empty by the first chunk."""
@@ -36,17 +42,16 @@ class StateSlots(Slots):
 class RequestState:
     """What one layer holds of one request that has seen ``S`` tokens."""
 
-    def __init__(self, state: tuple[Tensor, ...], block: int, S: int, settings: FixedSizeCacheConfig) -> None:
-        positions, facts, keys, values = (x[block : block + 1] for x in state)  # a batch of one row
-        seen = torch.tensor([S], dtype=torch.int32, device=keys.device)
-        self.slots = StateSlots(Tokens(keys, values, facts.transpose(0, 1), positions), seen, settings)
-        self.settings, self.S = settings, S
+    def __init__(self, states: Tokens, block: int, S: int, seen: Tensor, settings: FixedSizeCacheConfig) -> None:
+        row = slice(block, block + 1)  # a batch of one
+        keys, values, facts, positions = states
+        tokens = Tokens(keys[row], values[row], facts[:, row], positions[row])
+        self.slots, self.settings, self.S = StateSlots(tokens, seen, settings), settings, S
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, rule: LogitRule) -> Tensor:
-        """One new token, ``[1, heads, 1, D]`` each."""
-        T = min(self.S, self.settings.slots)
-        stage = Stage(keys, values, *self.slots.put_behind(T, keys, values), 1, T, ALL_REAL)
-        return decode.attend(self.slots, self.settings, stage, query, rule)
+        """One new token, ``[1, heads, 1, D]`` each, which the operator puts into its slot."""
+        stage = Stage(keys, values, keys, values, 1, min(self.S, self.settings.slots), ALL_REAL)
+        return decode.attend_fused(self.slots, self.settings, stage, query, rule)
 
     def read(self, query: Tensor, keys: Tensor, values: Tensor, rule: LogitRule, size: int) -> Tensor:
         """Many new tokens ``[1, heads, Q, D]``, cut where ``size`` divides their position in the request."""
