@@ -5,10 +5,9 @@
     build/vllm-0.32.0/bin/python benchmarks/serving.py [ROUNDS]
 
 Both engines live in one process and take turns. Weights are random, so every prompt is fresh and nothing is cached.
-The figures are written after every turn; of a run that broke off, by the same code on the same machine, it goes on.
+The figures are written after every turn.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -71,27 +70,17 @@ def seconds(llm: LLM, context: int, requests: int) -> tuple[float, float]:
     return read - begun, (decoded - read) / (steps + 1)
 
 
-def kept(what: dict[str, object]) -> dict[str, object]:
-    """Figures of an earlier run of this very benchmark, or none yet."""
-    if RESULT.exists():
-        found = json.loads(RESULT.read_text())
-        if {"machine": harness.machine(), **what}.items() <= found.items():
-            return found
-    cases = [{"context": context, "requests": requests, "engines": {}} for context, requests in CASES]
-    return {**what, "requests_that_fit": {}, "cases": cases}
-
-
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    result = kept(
-        {
-            "vllm": vllm.__version__,
-            "cache_size": CACHE_SIZE,
-            "prefill_chunk_size": CHUNK,
-            "memory_bytes": MEMORY,
-            "longest_context": LONGEST + STEPS,
-        }
-    )
+    result = {
+        "vllm": vllm.__version__,
+        "cache_size": CACHE_SIZE,
+        "prefill_chunk_size": CHUNK,
+        "memory_bytes": MEMORY,
+        "longest_context": LONGEST + STEPS,
+        "requests_that_fit": {},
+        "cases": [{"context": context, "requests": requests, "engines": {}} for context, requests in CASES],
+    }
     capped = dict(
         hf_overrides={"architectures": ["FixedSizeLlamaForCausalLM"]},
         additional_config={"fsdc": {"cache_size": CACHE_SIZE, "prefill_chunk_size": CHUNK}},
@@ -102,16 +91,14 @@ def main() -> None:
     for name, llm in engines.items():
         result["requests_that_fit"][name] = requests_that_fit(llm)
         seconds(llm, CHUNK, 1)  # the first is not counted
-    for round_ in range(rounds):
+    for _ in range(rounds):
         for case in result["cases"]:
             for name, llm in engines.items():
                 taken = case["engines"].setdefault(name, {"prefill_seconds": [], "step_seconds": []})
-                if len(taken["step_seconds"]) <= round_:
-                    for times, found in zip(
-                        taken.values(), seconds(llm, case["context"], case["requests"]), strict=True
-                    ):
-                        times.append(found)
-                    harness.write(RESULT, result)
+                found = seconds(llm, case["context"], case["requests"])
+                for times, new in zip(taken.values(), found, strict=True):
+                    times.append(new)
+                harness.write(RESULT, result)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class HeadProfile:
             )
         try:
             return cls(str(said["model"]), int(said["size"]), str(said["config_hash"]), said["output_error"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"HeadProfile: {os.fspath(path)} must have model, size, config_hash and output_error [layers][heads]; "
                 f"got {type(error).__name__}: {error}"

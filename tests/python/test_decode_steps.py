@@ -98,6 +98,17 @@ def test_a_step_is_the_plain_step(kind, pads, logits, operator, dtype, monkeypat
         assert_same_step(case, step_of(layer, query, keys, values, rule, valid))
 
 
+def test_the_operator_is_told_how_many_tokens_were_seen(monkeypatch):
+    """Not how many are held: on CUDA a count that its positions cannot reach is refused."""
+    told, operator = [], decode.decode_attention_
+    monkeypatch.setattr(decode, "decode_attention_", lambda *x, **y: told.append(x[8]) or operator(*x, **y))
+    layer = new_layer()
+    for _ in range(C + 3):
+        layer.update(torch.randn(B, H, 1, D), torch.randn(B, H, 1, D))
+        layer.attend(torch.randn(B, H * G, 1, D), None, LogitRule(1.0))
+    assert told == list(range(C + 3))
+
+
 def test_many_steps_on_a_small_layer():
     """Scores stay finite, positions right, and nothing moves; the sinks and the last tokens are there."""
     case = random_case(B=1, H=2, N=16, D=4, length=0, entry="mean")

@@ -119,6 +119,9 @@ def test_heads_of_sizes_of_their_own(folder, tmp_path, monkeypatch):
     by_file = run(*rest, "--head-profile", str(kept))
     assert by_file.stdout.rstrip("\n") == found["text"]
     assert "189 tokens seen, 24 held by each layer and KV head on average; cache " in by_file.stderr
+    enough = [*rest[:2], "--cache-size", "170", *rest[4:], "--json"]  # for all but 19 tokens, so for some heads only
+    held = json.loads(run(*enough, "--head-profile", "auto").stdout)["tokens_held"]
+    assert held == json.loads(run(*enough).stdout)["tokens_held"] == 170
     other = run(*prompt, "--head-profile", str(kept))
     assert other.exit_code == 1 and "head_profile must be of the same model" in other.stderr
     none = run(*prompt, "--head-profile", str(tmp_path / "none.json"))

@@ -130,5 +130,9 @@ def test_the_command(tmp_path, monkeypatch):
     assert unequal.exit_code == 0 and len(list(tmp_path.iterdir())) == 1
     found = json.loads(unequal.stdout)
     assert found["perplexity"] not in (facts["perplexity"], facts["perplexity_of_all"])
+    size = str(facts["tokens"] - 1)  # the last token is not read
+    enough = ["perplexity", "--prompt", text, "--cache-size", size, "--compare", "--head-profile", "auto", "--json"]
+    exact = json.loads(CliRunner().invoke(app, enough).stdout)
+    assert exact["perplexity"] == pytest.approx(exact["perplexity_of_all"], rel=1e-6)
     refused = CliRunner().invoke(app, ["perplexity", "--prompt", "zebra"])
     assert refused.exit_code == 1 and "fsdc perplexity: the embedded model knows" in refused.stderr

@@ -166,6 +166,7 @@ def test_errors_of_a_file(tmp_path):
         ("[]", "must be a profile of format 1; got format None; make it anew"),
         ('{"format": 2}', "must be a profile of format 1; got format 2"),
         ('{"format": 1, "model": "x", "size": 3}', "must have model, size, config_hash and output_error"),
+        ('{"format": 1, "model": "x", "size": "q"}', "must have model, size, config_hash and output_error"),
         ('{"format": 1, "model": "x", "size": 3, "config_hash": "0", "output_error": [1]}', "must have model"),
         ('{"format": 1, "model": "x", "size": 3, "config_hash": "0", "output_error": [[-1]]}', "at least 0; got -1.0"),
     ]:

@@ -79,6 +79,13 @@ def test_configurations(llama, options, message):
         configure(llama, **{"dtype": "bfloat16"} | options)
 
 
+def test_devices_without_operators(llama):
+    config = configure(llama)
+    config.device_config.device_type = "xpu"
+    with pytest.raises(ValueError, match="device must be cpu or cuda, for which there are operators; got xpu"):
+        refusals.refuse_surroundings(config, 32)
+
+
 def test_latent_attention(tmp_path):
     DeepseekV2Config(**SIZES, architectures=["DeepseekV2ForCausalLM"]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="a FixedSizeLlamaForCausalLM must be of type llama; got deepseek_v2"):

@@ -15,6 +15,8 @@ sys.path.append(str(ROOT / "benchmarks/quality"))
 
 import small_llama  # noqa: E402
 
+from fixed_size_kv_cache.huggingface.profile_texts import TEXTS  # noqa: E402
+
 LENGTHS, COUNT, SIZES = (40, 128, 200, 300), 40, (64, 64)
 
 
@@ -26,8 +28,8 @@ def test_a_pretrained_model(tmp_path):
     plain = LlamaForCausalLM(LlamaConfig(**config))
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(tmp_path)
-    ids = tokenizer((ROOT / "README.md").read_text()).input_ids
-    prompts = [ids[500 * i : 500 * i + length] for i, length in enumerate(LENGTHS)]
+    ids = tokenizer(" ".join(TEXTS)).input_ids
+    prompts = [ids[200 * i : 200 * i + length] for i, length in enumerate(LENGTHS)]
 
     with capped(tmp_path, *SIZES, max_num_batched_tokens=256, kv_cache_memory_bytes=512 << 20) as llm:
         answers = [answer.outputs[0] for answer in run(llm, prompts, COUNT, logprobs=5)]

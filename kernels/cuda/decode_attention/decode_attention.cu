@@ -27,9 +27,10 @@
 //         compiler to it
 // Order   by shapes and the device only: the same bits on every run. fp32, fp64 for fp64; not those of the CPU, but
 //         eviction scores are rounded as there, so equal numbers are equal there too
-// Limits  length < 2^position_bits(), 2^29 at H = 8 (finish.cuh); (G + 1) D numbers in shared memory; 2^31 - 1 blocks:
-//         else cudaErrorInvalidValue. Elements at multiples of their size: else cudaErrorMisalignedAddress. Where keys
-//         or values are not at multiples of 16 bytes, and in fp64, they are read element by element
+// Limits  length, the tokens seen, < 2^position_bits(), 2^29 at H = 8 (finish.cuh); a graph, which says N for it, must
+//         end before. (G + 1) D numbers in shared memory; 2^31 - 1 blocks: else cudaErrorInvalidValue. Elements at
+//         multiples of their size: else cudaErrorMisalignedAddress. Where keys or values are not at multiples of 16
+//         bytes, and in fp64, they are read element by element
 // Tested  tests/cuda, on the CPU thread by thread (docs/cuda_without_gpu.md), every path and cluster size; compiled for
 //         every architecture. Not timed on a device yet; to be timed by benchmarks/cuda/bench_decode_attention.cpp
 #include "decode_attention.cuh"

@@ -195,7 +195,9 @@ def run(
             raise Refused(
                 f"--model must have a cache of keys and values that grows; {model.config.model_type} has none"
             )
-        with enable(model, settings=settings, head_profile=load_profile(head_profile, model)) as handle:
+        longest = ids.shape[1] + max_new_tokens - 1  # the last token is said, not read
+        sizes = dict(head_profile=load_profile(head_profile, model), max_tokens=max(longest, cache_size))
+        with enable(model, settings=settings, **sizes) as handle:
             cache = FixedSizeDynamicCache(config=model.config, settings=handle.settings)
             ours = write(model, tokenizer, ids, cache, max_new_tokens, show=not as_json)
         full = None

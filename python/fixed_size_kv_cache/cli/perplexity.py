@@ -38,10 +38,10 @@ def run(
         raise Refused(f"the text must fit the {positions} positions that the model has learned; got {count} tokens")
     bar = functools.partial(track, description="reading", console=Console(stderr=True), transient=True)
     chunk_size = chunk_size or default_chunk_size(model, cache_size)
-    profile = load_profile(head_profile, model)
+    sizes = dict(head_profile=load_profile(head_profile, model), max_tokens=max(count - 1, cache_size))
     options = dict(chunk_size=chunk_size, progress=bar if sys.stderr.isatty() else None)
     try:
-        facts = {"perplexity": perplexity(model, ids, cache_size, head_profile=profile, **options)}
+        facts = {"perplexity": perplexity(model, ids, cache_size, **sizes, **options)}
         if compare:
             facts["perplexity_of_all"] = perplexity(model, ids, max(count, cache_size), **options)
     except (NotImplementedError, ValueError) as error:

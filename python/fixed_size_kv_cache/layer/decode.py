@@ -41,14 +41,15 @@ def attend_fused(
     rule: LogitRule,
 ) -> Tensor:
     """:func:`attend` by ``torch.ops.fsdc.decode_attention_``, to which an empty entry is no entry."""
-    T, entry = stage.held, {} if slots.skipped is None else slots.skipped.as_arguments()
+    length = stage.held if stage.length is None else stage.length
+    entry = {} if slots.skipped is None else slots.skipped.as_arguments()
     output = decode_attention_(
         query,
         stage.keys,
         stage.values,
         *slots.tokens,
         slots.seen,
-        T,
+        length,
         scaling=rule.scaling,
         decay=settings.score_decay,
         prior=settings.score_prior,
@@ -63,7 +64,7 @@ def attend_fused(
         head_layout=slots.layout,
         **entry,
     )
-    if slots.least <= T:
+    if slots.least <= length:
         slots.is_ordered = False
     return output
 

@@ -42,8 +42,9 @@ class FixedSizeLayer(LayerState):
         return self.staged.all_keys, self.staged.all_values
 
     def _stage_one(self, keys: Tensor, values: Tensor) -> Stage:
-        T = self.settings.slots if torch.compiler.is_compiling() else self.tokens_held
-        return Stage(keys, values, *self.slots.put_behind(T, keys, values), 1, T)
+        length = self.settings.slots if torch.compiler.is_compiling() else self.tokens_folded
+        T = min(length, self.settings.slots)
+        return Stage(keys, values, *self.slots.put_behind(T, keys, values), 1, T, length=length)
 
     def _stage_many(self, keys: Tensor, values: Tensor) -> Stage:
         before = [self.slots.order(self.tokens_held), *([] if self.recorded is None else [self.recorded])]

@@ -154,6 +154,7 @@ class Stage:
     queries: int  # Q
     held: int  # T, the tokens before them
     new: NewTokens | None = None  # what the mask says about them, once somebody has read it
+    length: int | None = None  # of a single token: what decode_attention_ is told; None: T
 
     @property
     def valid(self) -> Tensor | None:

@@ -56,7 +56,6 @@ class FixedSizeAttention(nn.Module, MambaBase):
         """Takes the memory of all states, of which a request has two where it goes on to another block."""
         refuse_memory(kv_cache.shape[0], self.max_num_seqs)
         super().bind_kv_cache(kv_cache)
-        self.states = as_tokens(self.kv_cache)
 
     def get_attn_backend(self) -> type[FixedSizeBackend]:
         return FixedSizeBackend
@@ -75,11 +74,11 @@ class FixedSizeAttention(nn.Module, MambaBase):
         key = key.view(-1, self.num_kv_heads, 1, self.head_size)
         value = value.view(-1, self.num_kv_heads, 1, self.head_size_v)
         output = output.view(-1, self.num_heads, 1, self.head_size_v)
-        seen = metadata.seen.clone()  # the operators count in it
+        states, seen = as_tokens(self.kv_cache), metadata.seen.clone()  # the operators count in it
         for i, request in enumerate(metadata.requests):
             tokens = slice(request.start, request.stop)
             new = query[tokens], key[tokens], value[tokens]  # [tokens, heads, 1, D]
-            state = RequestState(self.states, request.block, request.seen, seen[i : i + 1], self.settings)
+            state = RequestState(states, request.block, request.seen, seen[i : i + 1], self.settings)
             if request.is_prompt:
                 new = (x.transpose(0, 2) for x in new)  # [1, heads, tokens, D]
                 output[tokens] = state.read(*new, self.rule, self.chunk_size).transpose(0, 2)

@@ -50,7 +50,8 @@ class RequestState:
 
     def decode(self, query: Tensor, keys: Tensor, values: Tensor, rule: LogitRule) -> Tensor:
         """One new token, ``[1, heads, 1, D]`` each, which the operator puts into its slot."""
-        stage = Stage(keys, values, keys, values, 1, min(self.S, self.settings.slots), ALL_REAL)
+        T = min(self.S, self.settings.slots)
+        stage = Stage(keys, values, keys, values, 1, T, ALL_REAL, length=self.S)
         return decode.attend_fused(self.slots, self.settings, stage, query, rule)
 
     def read(self, query: Tensor, keys: Tensor, values: Tensor, rule: LogitRule, size: int) -> Tensor:
