@@ -57,7 +57,7 @@ TRIED = {
     "dialogue": cells(FEW, (256,)),
     "stream": cells([rule for rule in MAIN if rule.name != "random"], (128,)),
 }
-COUNTS = {"prompt": 20, "long": 5, "dialogue": 8, "stream": 5}  # texts
+COUNTS = {"prompt": 20, "long": 10, "dialogue": 20, "stream": 5}  # texts
 
 
 class Reader:
