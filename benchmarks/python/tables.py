@@ -29,6 +29,11 @@ def _read(name: str):
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def _where(machine: dict[str, object], *more: str) -> str:
+    """The machine of some figures."""
+    return ", ".join([machine["processor"], f"{machine['threads']} thread", *more, f"torch {machine['torch']}"])
+
+
 def _table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     """Markdown; the columns after the first ``left`` are aligned to the right."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)
@@ -65,7 +70,7 @@ def generate() -> str:
             ratio = f"{point['of_stock']:.2f}x stock"
             first = f"{name}, C={case['cache_size']}" if point is case["lengths"][0] else ""
             rows.append([first, f"{point['tokens_seen']}", f"{stock:.2f}", f"{ours:.2f}", ratio])
-    where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}"
+    where = _where(machine)
     head = ["model", "tokens seen", "full cache", "fixed size", ""]
     return _table(head, rows) + f"\n\nMedians of both taking turns; {where}."
 
@@ -276,7 +281,7 @@ def prompt() -> str:
             rows[-1].append(f"{point['times'][stock]['median_us'] / 1e3:.0f} ms")
             rows[-1] += [f"{point['of_stock'][size]:.2f}x" for size in ours]
             rows[-1].append(" / ".join(f"{most / 2**20:.0f}" for most in peaks.values()) + " MiB" if peaks else "")
-    where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
+    where = _where(machine, machine["cpu_isa"])
     head = [
         "6 layers of 512, stories260K",
         "tokens",
@@ -316,7 +321,7 @@ def chunk_attention() -> str:
     for name, case in result["cases"].items():
         of_sdpa = [f"{case['times_of_sdpa'][who]:.2f}x" for who in (ours, with_redundancy)]
         rows.append([name, f"{case['times'][sdpa]['median_us'] / 1e3:.2f} ms", *of_sdpa])
-    where = f"{machine['processor']}, {machine['threads']} thread, {machine['cpu_isa']}, torch {machine['torch']}"
+    where = _where(machine, machine["cpu_isa"])
     head = ["a chunk", sdpa, f"{ours}, of that time", "with redundancy"]
     return _table(head, rows) + f"\n\nMedians of contenders taking turns; {where}."
 
@@ -334,7 +339,7 @@ def serving() -> str:
     head = ["tokens of a prompt", "requests"]
     head += [f"{what}, {name}" for what in ("prefill, tokens per second", "decode, a step") for name in names]
     fit = " and ".join(f"{int(count)} ({name})" for name, count in names.items())
-    where = f"{machine['processor']}, {machine['threads']} thread, torch {machine['torch']}, vLLM {result['vllm']}"
+    where = f"{_where(machine)}, vLLM {result['vllm']}"
     return _table(head, rows) + (
         f"\n\n12 layers of 512, float32, C={result['cache_size']}; both engines taking turns, medians of {rounds}; "
         f"{where}. By vLLM's log {result['memory_bytes'] / 2**30:.0f} GiB has room for {fit} requests of "

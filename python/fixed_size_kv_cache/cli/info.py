@@ -10,10 +10,8 @@ from .. import _C, __version__
 from ..compat import versions
 from ..layer import chunk, decode
 from ..operators.load import BUILD
-from ..operators.register import OPERATORS
+from ..operators.register import DEVICES, OPERATORS
 from ..settings import POLICIES, FixedSizeCacheConfig
-
-DEVICES = ("cpu", "cuda")
 
 
 def show(verbose: bool, as_json: bool) -> None:

@@ -7,7 +7,7 @@ No matrix larger than a block of queries is made.
 import torch
 from torch import Tensor
 
-from ..operators.register import accumulate_scores_, chunk_attention_, truncate
+from ..operators.register import DEVICES, accumulate_scores_, chunk_attention_, truncate
 from ..settings import FixedSizeCacheConfig
 from . import score_rule
 from .attention import QUERY_BLOCK, LogitRule, Skipped, products_of, softmax
@@ -18,7 +18,7 @@ from .slots import FACTS, Slots, Tokens
 
 def is_fused(device: torch.device) -> bool:
     """Whether steps are one call of ``chunk_attention_``: wherever there is a kernel of it."""
-    return device.type in ("cpu", "cuda")
+    return device.type in DEVICES
 
 
 def attend(

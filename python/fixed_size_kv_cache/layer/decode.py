@@ -7,7 +7,7 @@ Shapes and addresses are those of the step before, and nothing waits for the dev
 import torch
 from torch import Tensor
 
-from ..operators.register import accumulate_scores_, decode_attention_
+from ..operators.register import DEVICES, accumulate_scores_, decode_attention_
 from ..settings import FixedSizeCacheConfig
 from . import score_rule
 from .attention import LogitRule, attend_with_weights, products_of
@@ -18,7 +18,7 @@ from .slots import SCORES, Slots, Tokens
 
 def is_fused(settings: FixedSizeCacheConfig, device: torch.device) -> bool:
     """Whether steps are one call of ``decode_attention_``: not for the baselines."""
-    return settings.policy == "attention" and device.type in ("cpu", "cuda")
+    return settings.policy == "attention" and device.type in DEVICES
 
 
 def attend(

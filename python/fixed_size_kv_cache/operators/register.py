@@ -18,6 +18,7 @@ accumulate_scores_ = torch.ops.fsdc.accumulate_scores_.default
 decode_attention_ = torch.ops.fsdc.decode_attention_.default
 chunk_attention_ = torch.ops.fsdc.chunk_attention_.default
 OPERATORS = ("truncate", "accumulate_scores_", "decode_attention_", "chunk_attention_")  # in the order of csrc/ops.cpp
+DEVICES = ("cpu", "cuda")  # types of those with kernels of all operators
 
 _library = torch.library.Library("fsdc", "IMPL")  # registrations live as long as this object
 

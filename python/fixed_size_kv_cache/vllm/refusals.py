@@ -3,6 +3,7 @@
 
 from typing import Any
 
+from ..operators.register import DEVICES
 from ..settings import FixedSizeCacheConfig
 
 MINORS = ("0.31", "0.32")  # of vLLM, with which all this was run; what it builds on moves from one to the next
@@ -37,7 +38,7 @@ def refuse_surroundings(vllm_config: Any, chunk: int) -> None:
     _require(found == MODEL_TYPES[architecture], f"a {architecture}", f"of type {MODEL_TYPES[architecture]}", found)
 
     device = vllm_config.device_config.device_type
-    _require(device in ("cpu", "cuda"), "device", "cpu or cuda, for which there are operators", device)
+    _require(device in DEVICES, "device", "cpu or cuda, for which there are operators", device)
     speculative = vllm_config.speculative_config
     _require(speculative is None, "speculative_config", "None: a token that was evicted cannot be taken back", "one")
     _require(vllm_config.lora_config is None, "enable_lora", "False: adapters were never tried", True)
